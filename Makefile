@@ -1,0 +1,45 @@
+# make demo · make test · make notebooks · make tiny · make results · make clean. Each sets itself up in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+SECONDS ?= 0
+RUN ?= $(if $(filter-out 0,$(SECONDS)),runs/quick,runs/demo)
+SEED ?= 0
+
+bin := $(VENV)/bin
+ready := $(VENV)/.ready
+
+.PHONY: demo test notebooks tiny results clean
+
+demo: $(ready)
+	$(bin)/fuselip-edu demo --run $(RUN) --seconds $(SECONDS) --seed $(SEED)
+
+test: $(ready)
+	$(bin)/python .ci/notebooks.py check
+	$(bin)/python .ci/notebooks.py test
+	$(bin)/python -m pytest -q tests
+
+# Executes every chapter in place, keeps the outputs, cleans them, and writes README.md from index.ipynb.
+notebooks: $(ready)
+	$(bin)/nbdev_export
+	$(bin)/python .ci/notebooks.py execute $(CHAPTERS)
+	$(bin)/nbdev_clean
+	$(bin)/python .ci/notebooks.py readme
+
+# Repeats the training of the tokenizer that ships in data/tiny.
+tiny: $(ready)
+	$(bin)/fuselip-edu train-tokenizer --preset tiny --run runs/tiny-tokenizer --export data/tiny
+
+# Repeats the committed results: the demo from scratch, and the small real sets that FUSELIP_DATA names.
+results: $(ready)
+	rm -rf runs/results
+	$(bin)/fuselip-edu demo --run runs/results --seed $(SEED)
+	cp runs/results/results.json data/results/demo.json
+	$(bin)/python tests/real_sets.py
+
+clean:
+	rm -rf $(VENV) runs *.egg-info
+
+$(ready): settings.ini setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,notebooks]'
+	touch $@

@@ -1,0 +1,32 @@
+"FuseLIP built step by step; every public name of the chapters is importable from here, and loaded when it is first used."
+__version__ = "0.1.0"
+
+_HOMES = {
+    "core": ("seed_everything", "pick_device", "load_image", "show_images"),
+    "pairs": ("Item", "Pair", "Query"),
+    "shapes": ("Scene", "render", "sample_scene", "scene_at"),
+    "quantize": ("VectorQuantizer",),
+    "transformer": ("Transformer",),
+    "titok": ("TiTok", "TiTokConfig", "TokenizerTrainConfig", "train_tokenizer"),
+    "text": ("BPE", "CLIPBPE"),
+    "vocab": ("ItemTokenizer", "Vocab"),
+    "fuselip": ("FuseLIP", "FuseLIPConfig"),
+    "contrastive": ("sigmoid_loss", "softmax_loss"),
+    "masking": ("mask_tokens", "masked_loss"),
+    "transforms": ("transform_pairs",),
+    "sources": ("CSVSource", "ShapesSource"),
+    "batches": ("TokenPairs", "grouped_batches", "tokenize_pairs"),
+    "train": ("Config", "TrainConfig", "preset"),
+    "evaluate": ("rank_queries", "results_table", "shapes_tasks"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME: raise AttributeError(f"module 'fuselip_edu' has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(f"fuselip_edu.{_HOME[name]}"), name)
+
+
+def __dir__(): return [*globals(), *__all__]

@@ -1,0 +1,332 @@
+"Sequences and the encoder: against the original's numbers, and against their own promises."
+import json, random, warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig, SequenceEncoder, embed_sequences, make_items
+from fuselip_edu.pairs import Item
+from fuselip_edu.text import BPE, CLIPBPE
+from fuselip_edu.titok import TiTok, TiTokConfig
+from fuselip_edu.vocab import ItemTokenizer, Vocab, pad_sequences
+
+GOLDEN_VOCAB = Vocab(n_text=303, sot=301, eot=302, n_codes=256, context=48)
+GOLDEN_CONFIG = FuseLIPConfig(width=64, layers=2, heads=4, context=48)
+TITOK = TiTokConfig(image_size=16, patch_size=8, n_latents=4, n_codes=32, width=16, layers=1, heads=2, decoder_width=16, decoder_layers=1, decoder_heads=2)
+TEXTS = ["a red circle above a blue square", "what colour is the circle?", "a small red square", "blue", "is there a circle?"]
+
+
+# Golden data of the original implementation
+
+@pytest.fixture(scope="module")
+def io(golden): return load_file(golden / "fuse_io.safetensors")
+
+
+@pytest.fixture(scope="module")
+def weights(golden): return load_file(golden / "fuse_state_dict.safetensors")
+
+
+@pytest.fixture(scope="module")
+def original(weights):
+    encoder = SequenceEncoder(GOLDEN_CONFIG, GOLDEN_VOCAB)
+    state = {name: value for name, value in weights.items() if name != "mask_prediction_head.decoder.weight"}
+    encoder.load_state_dict(state)  # strict: the parameters have the original's names
+    return encoder.eval()
+
+
+def lengths_of(ids): return (ids == GOLDEN_VOCAB.eot).int().argmax(1) + 1
+
+
+def close(ours, theirs): return torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_the_originals_head_is_tied(weights):
+    assert torch.equal(weights["mask_prediction_head.decoder.weight"], weights["token_embedding.weight"])
+
+
+@pytest.mark.parametrize("name, ids", [("image_only", "ids"), ("text_only", "ids"), ("mixed", "merged_ids")])
+@pytest.mark.parametrize("buckets", [1, 3])
+@torch.no_grad()
+def test_embeddings_equal_the_originals(original, io, name, ids, buckets):
+    ids = io[f"{name}.{ids}"]
+    close(original(ids, lengths_of(ids), buckets=buckets), io[f"{name}.emb"])
+
+
+@torch.no_grad()
+def test_hidden_states_equal_the_originals(original, io):
+    for name, ids in (("text_only", io["text_only.ids"]), ("mixed", io["mixed.merged_ids"])):
+        hidden, lengths = original.hidden(ids, lengths_of(ids)), lengths_of(ids)
+        real = torch.arange(ids.shape[1]) < lengths[:, None]
+        close(hidden[real], io[f"{name}.hidden"][real])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("buckets", [1, 2])
+@torch.no_grad()
+def test_masked_forward_equals_the_originals(original, io, side, buckets):
+    ids, labels = io[f"train.{side}.masked_ids"], io[f"train.{side}.labels"]
+    encoded = original(ids, lengths_of(ids), labels, buckets=buckets)
+    order = encoded.rows.argsort(stable=True)  # ours come shortest sequence first, the original's row by row
+    close(encoded.embeddings, io[f"train.{side}.emb"])
+    assert torch.equal(encoded.targets[order], io[f"train.{side}.mlm_targets"])
+    assert torch.equal(encoded.rows[order], (labels >= 0).nonzero()[:, 0])
+    close(encoded.logits[order], io[f"train.{side}.mlm_logits"])
+
+
+@torch.no_grad()
+def test_zero_inside_a_text_is_attended_to(original, io):
+    ids, theirs = io["text_zero_inside.ids"], io["text_zero_inside.emb"]
+    lengths = lengths_of(ids)
+    ours = original(ids, lengths)
+    assert (ours - theirs).abs().max() > 1e-2  # the original hides every id 0
+    x = original.token_embedding(ids) + original.positional_embedding[:ids.shape[1]]
+    hidden = original.transformer(x, (ids != 0)[:, None, None])
+    quirk = original.ln_final(hidden[torch.arange(len(ids)), lengths - 1])
+    close(torch.nn.functional.normalize(quirk, dim=-1), theirs)  # and that is the whole difference
+
+
+# Sequences
+
+def text_of(row):
+    row = row.tolist()
+    return row[1:row.index(GOLDEN_VOCAB.eot)]
+
+
+@pytest.mark.parametrize("name", ["mixed", "train.left", "train.right"])
+def test_sequences_equal_the_originals(io, name):
+    codes = io["image_only.ids"][:, :16] - GOLDEN_VOCAB.first_code
+    merged = io["mixed.merged_ids"] if name == "mixed" else io[f"{name}.ids"]
+    known = {i: code.tolist() for i, code in enumerate(codes)} | {i: (io["mixed.merged_ids"][i, :16] - GOLDEN_VOCAB.first_code).tolist()
+                                                                 for i in range(8) if io["mixed.has_image"][i]}
+    has, index = io[f"{name}.has_image"], io.get(f"{name}.image_index", torch.arange(8))
+    sequences, compared = [], []
+    for row, text in enumerate(io[f"{name}.text_ids"]):
+        if has[row] and int(index[row]) not in known: continue
+        compared.append(row)
+        sequences.append(GOLDEN_VOCAB.sequence(known[int(index[row])] if has[row] else (), text_of(text)))
+    assert len(compared) >= 5
+    padded = torch.zeros(len(compared), merged.shape[1], dtype=torch.long)
+    for target, sequence in zip(padded, sequences): target[:len(sequence)] = torch.tensor(sequence)
+    assert torch.equal(padded, merged[compared])
+
+
+def in_two_steps(vocab, codes, text_ids):
+    "The rule as the paper has it: the text is cut first, then the whole."
+    text = [vocab.sot, *text_ids, vocab.eot]
+    if len(text) > vocab.context: text = text[:vocab.context - 1] + [vocab.eot]
+    ids = [vocab.first_code + code for code in codes] + text
+    if len(ids) > vocab.context:
+        ids = ids[:vocab.context]
+        if vocab.eot not in ids: ids[-1] = vocab.eot
+    return ids
+
+
+def test_one_cut_equals_the_papers_two():
+    vocab, rng = Vocab(50, 48, 49, 9, context=12), random.Random(0)
+    for n_codes in range(16):
+        for n_words in range(30):
+            codes, words = [rng.randrange(9) for _ in range(n_codes)], [rng.randrange(48) for _ in range(n_words)]
+            sequence = vocab.sequence(codes, words)
+            assert sequence == in_two_steps(vocab, codes, words)
+            assert sequence[-1] == vocab.eot and len(sequence) <= vocab.context
+
+
+def test_item_tokenizer(titok, bpe, tmp_path, monkeypatch):
+    tokenizer = ItemTokenizer(titok, bpe, context=12)
+    images = [torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8) for _ in range(3)]
+    Image.fromarray(images[2].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
+    reached, encode = [], titok.encode
+    monkeypatch.setattr(titok, "encode", lambda pixels: reached.append(len(pixels)) or encode(pixels))
+    items = [Item(images[0], "blue"), Item(text="red"), Item(images[1]), Item(images[0]), Item(tmp_path / "image.png"), Item(str(tmp_path / "image.png"))]
+    sequences = tokenizer(items)
+    assert reached == [3]  # each image once, and one file is one image however its path is written
+    codes = encode(torch.stack(images)).tolist()
+    expected = [(codes[0], "blue"), ((), "red"), (codes[1], ""), (codes[0], ""), (codes[2], ""), (codes[2], "")]
+    assert sequences == [tokenizer.vocab.sequence(found, bpe.encode(text)) for found, text in expected]
+    assert tokenizer.codes(images, batch_size=2) == codes and tokenizer([]) == []
+    with pytest.raises(ValueError, match="context of 5 .* 4 image codes.*at least 6"): ItemTokenizer(titok, bpe, context=5)
+
+
+def test_a_cut_is_said_once(titok, bpe):
+    tokenizer = ItemTokenizer(titok, bpe, context=12)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokenizer([Item(text="blue " * 10)])  # fits exactly
+        assert not caught
+        assert [len(sequence) for sequence in tokenizer([Item(text="blue " * 11), Item(text="blue " * 50)])] == [12, 12]
+    assert len(caught) == 1 and "a text of 11 tokens does not fit the context of 12" in str(caught[0].message)
+
+
+# The model
+
+@pytest.fixture(scope="module")
+def titok():
+    torch.manual_seed(0)
+    return TiTok(TITOK).eval()
+
+
+@pytest.fixture(scope="module")
+def bpe(): return BPE.train(TEXTS * 20, 320)
+
+
+@pytest.fixture(scope="module")
+def model(titok, bpe):
+    torch.manual_seed(1)
+    return FuseLIP(FuseLIPConfig(width=32, layers=2, heads=2, context=32), titok, bpe).eval()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    "Images and texts, some missing."
+    generator = torch.Generator().manual_seed(2)
+    images = [torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator) for _ in range(5)]
+    return [images[0], None, images[1], images[2], images[3], None, images[4]], [TEXTS[0], TEXTS[1], None, TEXTS[2], TEXTS[3], TEXTS[3], None]
+
+
+def test_padding_and_buckets_do_not_matter(model, batch):
+    sequences = model.item_tokenizer(make_items(*batch))
+    ids, lengths = pad_sequences(sequences)
+    wide = torch.nn.functional.pad(ids, (0, 32 - ids.shape[1]), value=7)  # padding of any id is padding
+    with torch.no_grad():
+        one = model(ids, lengths, buckets=1)
+        for buckets in (2, 3, 7, 20): torch.testing.assert_close(model(wide, lengths, buckets=buckets), one, atol=1e-5, rtol=0)
+        for row, sequence in enumerate(sequences):
+            torch.testing.assert_close(model(*pad_sequences([sequence]))[0], one[row], atol=1e-5, rtol=0)
+    assert (one[0] - one[1]).abs().max() > 0.01
+
+
+def test_masked_positions_do_not_depend_on_buckets(model, batch):
+    ids, lengths = pad_sequences(model.item_tokenizer(make_items(*batch)))
+    chosen = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.4) & (torch.arange(ids.shape[1]) < lengths[:, None] - 1)
+    labels, hidden = ids.masked_fill(~chosen, -100), ids.masked_fill(chosen, model.vocab.mask)
+    with torch.no_grad(): one, three = (model(hidden, lengths, labels, buckets=buckets) for buckets in (1, 3))
+    assert len(one.targets) == int(chosen.sum()) > 0
+    for encoded in (one, three):
+        order = encoded.rows.argsort(stable=True)
+        assert torch.equal(encoded.targets[order], ids[chosen]) and torch.equal(encoded.rows[order], chosen.nonzero()[:, 0])
+    torch.testing.assert_close(one.logits[one.rows.argsort(stable=True)], three.logits[three.rows.argsort(stable=True)], atol=1e-5, rtol=0)
+
+
+def test_nothing_masked_gives_no_logits(model):
+    ids, lengths = pad_sequences(model.item_tokenizer([Item(text="blue"), Item(text=TEXTS[0])]))
+    encoded = model(ids, lengths, torch.full_like(ids, -100))
+    assert encoded.logits.shape == (0, model.vocab.size) and len(encoded.targets) == len(encoded.rows) == 0
+    assert torch.equal(encoded.embeddings, model(ids, lengths))
+
+
+def test_encode_keeps_order_whatever_the_batch(model, batch):
+    images, texts = batch
+    together = model.encode(images, texts)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(len(images)))
+    order = [5, 2, 0, 6, 3, 1, 4]
+    torch.testing.assert_close(model.encode([images[i] for i in order], [texts[i] for i in order], batch_size=2), together[order], atol=1e-5, rtol=0)
+    for row, (image, text) in enumerate(zip(images, texts)):
+        if text is None: alone = model.encode_image([image])
+        elif image is None: alone = model.encode_text([text])
+        else: alone = model.encode_multimodal([image], [text])
+        torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=0)
+    assert model.encode_text([]).shape == (0, 32)
+
+
+def test_encode_leaves_the_mode_and_the_tokenizer_alone(model):
+    model.train()
+    model.encode_text(["blue"])
+    assert model.training and model.transformer.training and not model.image_tokenizer.training
+    assert not any(parameter.requires_grad for parameter in model.image_tokenizer.parameters())
+    model.eval()
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ({}, ValueError, "images, texts or both"),
+    ({"texts": "blue"}, TypeError, r"texts must be a list, not str; wrap .* in \[ \]"),
+    ({"images": torch.zeros(3, 16, 16)}, TypeError, "images must be a list, not Tensor"),
+    ({"images": [torch.zeros(3, 16, 16)], "texts": ["a", "b"]}, ValueError, "same length.*1 and 2"),
+    ({"texts": ["a", None]}, ValueError, "row 1: .*needs an image"),
+    ({"texts": ["a", 5]}, TypeError, "row 1: text must be a string"),
+    ({"images": [torch.zeros(16, 16)]}, TypeError, r"not Tensor of shape \(16, 16\)"),
+    ({"images": ["no-such.png"]}, FileNotFoundError, "no-such.png")])
+def test_what_cannot_be_encoded_is_refused(model, arguments, error, message):
+    with pytest.raises(error, match=message): model.encode(**arguments)
+
+
+# Saving and loading
+
+def test_save_and_load_are_bit_for_bit(model, batch, tmp_path):
+    model.save_pretrained(tmp_path / "run" / "model")
+    assert sorted(path.name for path in (tmp_path / "run" / "model").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    for folder in (tmp_path / "run" / "model", tmp_path / "run"):
+        again = FuseLIP.from_pretrained(folder)
+        assert again.config == model.config and again.vocab == model.vocab and not again.training
+        assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+        assert torch.equal(again.encode(*batch), model.encode(*batch))
+
+
+def test_a_model_with_clips_vocabulary_comes_back_with_it(titok, tmp_path):
+    model = FuseLIP(FuseLIPConfig(width=8, layers=1, heads=1, context=16), titok, CLIPBPE())
+    model.save_pretrained(tmp_path)
+    again = FuseLIP.from_pretrained(tmp_path)
+    assert isinstance(again.item_tokenizer.text_tokenizer, CLIPBPE) and again.vocab == model.vocab and again.vocab.n_text == 49408
+    assert torch.equal(again.encode_text(["a dog"]), model.encode_text(["a dog"]))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state.pop("ln_final.weight"), "ln_final.weight is missing"),
+    (lambda state: state.update(extra=torch.zeros(1)), "extra is not expected"),
+    (lambda state: state.update({"token_embedding.weight": torch.zeros(3, 4)}), r"token_embedding.weight has shape \(3, 4\) instead of")])
+def test_load_errors_name_the_key(model, tmp_path, change, message):
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message): FuseLIP.from_pretrained(tmp_path)
+
+
+def test_folders_that_hold_no_model_are_refused(model, titok, tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json is missing"): FuseLIP.from_pretrained(tmp_path)
+    titok.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not describe a FuseLIP model"): FuseLIP.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no text tokenizer"): FuseLIP.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json.*is not JSON"): FuseLIP.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="not a whole safetensors file"): FuseLIP.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"): FuseLIP.from_pretrained(tmp_path)
+
+
+# Sizes and starting values
+
+@pytest.mark.parametrize("width, heads, n_codes, vocabulary, trainable, blocks, head", [
+    (384, 6, 4096, 53_505, 42_111_491, 21_293_568, 202_113), (512, 8, 8192, 57_601, 67_734_787, 37_828_608, 321_281)])
+def test_parameter_counts_are_the_papers(width, heads, n_codes, vocabulary, trainable, blocks, head):
+    text = SimpleNamespace(n_vocab=49408, pad=0, sot=49406, eot=49407)
+    count = lambda module: sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    with torch.device("meta"):
+        model = FuseLIP(FuseLIPConfig(width=width, layers=12, heads=heads, context=180), TiTok(TiTokConfig(image_size=256, patch_size=16, n_latents=128, n_codes=n_codes)), text)
+    assert model.vocab.size == vocabulary and count(model) == trainable
+    assert count(model.transformer) == blocks and count(model.mask_prediction_head) == head
+
+
+def test_starting_values_are_the_papers():
+    torch.manual_seed(0)
+    encoder = SequenceEncoder(FuseLIPConfig(width=64, layers=3, heads=4, context=180), GOLDEN_VOCAB)
+    state, depth = encoder.state_dict(), (2 * 3) ** -0.5
+    assert state["logit_scale"].item() == pytest.approx(2.302585) and state["logit_bias"].item() == -10
+    for name, value in state.items():
+        if name.endswith(("attn.in_proj_bias", "out_proj.bias", "head.bias")) or ("ln_" in name or "layer_norm" in name) and name.endswith("bias"): assert not value.any(), name
+        elif "ln_" in name or "layer_norm" in name: assert (value == 1).all(), name
+        elif value.ndim == 2 and "dense" not in name:
+            rule = {"token_embedding.weight": 0.02, "positional_embedding": 0.01}.get(name) or next(
+                std for part, std in {"in_proj": 64**-0.5, "out_proj": 64**-0.5 * depth, "c_proj": 64**-0.5 * depth, "c_fc": 128**-0.5}.items() if part in name)
+            assert value.std().item() == pytest.approx(rule, rel=0.05), name
+
+
+def test_embed_sequences_of_none(model): assert embed_sequences(model, []).shape == (0, 32)
