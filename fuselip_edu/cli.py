@@ -7,7 +7,7 @@ __all__ = ['HELP', 'COMMANDS', 'arguments', 'take', 'demo_command', 'train_comma
            'train_tokenizer_command', 'show_settings', 'main']
 
 # %% ../nbs/26_cli.ipynb #296c7b45
-import os, sys
+import contextlib, io, itertools, os, sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -25,8 +25,14 @@ fuselip-edu COMMAND --help lists the flags."""
 
 def arguments(make, rest, command, default=None): # flags -> a dataclass; an unknown flag is an error that names it
     import tyro
-    found, unknown = tyro.cli(make, args=rest, default=default, prog=f"fuselip-edu {command}", return_unknown_args=True,
-                              config=(tyro.conf.FlagCreatePairsOff,) if hasattr(tyro.conf, "FlagCreatePairsOff") else ())
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            found, unknown = tyro.cli(make, args=rest, default=default, prog=f"fuselip-edu {command}", return_unknown_args=True)
+    except SystemExit as stop:
+        if not stop.code: raise  # --help
+        frame = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+        raise ValueError(" ".join(itertools.takewhile(lambda line: not line.startswith("──"), frame))) from None
     if unknown: raise ValueError(f"unknown flag {unknown[0]!r}; fuselip-edu {command} --help lists the flags")
     return found
 
@@ -74,7 +80,7 @@ def train_command(rest):
 
 # %% ../nbs/26_cli.ipynb #0bd8be3e
 def evaluate_command(rest):
-    from fuselip_edu.core import pick_device, write_json
+    from fuselip_edu.core import write_json
     from fuselip_edu.evaluate import evaluate, results_table, shapes_tasks
     from fuselip_edu.fuselip import FuseLIP
     from fuselip_edu.sources import CSVSource
@@ -91,7 +97,7 @@ def evaluate_command(rest):
         device: str = "auto"
 
     asked = arguments(Evaluate, rest, "evaluate")
-    model = FuseLIP.from_pretrained(asked.model, pick_device(asked.device))
+    model = FuseLIP.from_pretrained(asked.model, asked.device)
     if asked.data == "shapes": tasks = shapes_tasks(asked.queries, asked.seed, model.image_tokenizer.config.image_size)
     elif asked.data.startswith("csv:"): tasks = CSVSource(asked.data[4:]).queries(asked.candidates, asked.seed)
     else: raise ValueError(f"unknown data {asked.data!r}; give shapes or csv:PATH")
@@ -101,7 +107,7 @@ def evaluate_command(rest):
 
 
 def embed_command(rest):
-    from fuselip_edu.core import pick_device, save_tensors
+    from fuselip_edu.core import save_tensors
     from fuselip_edu.fuselip import FuseLIP
 
     @dataclass
@@ -115,7 +121,7 @@ def embed_command(rest):
 
     asked = arguments(Embed, rest, "embed")
     given = lambda values: [None if value == "-" else value for value in values] or None
-    vectors = FuseLIP.from_pretrained(asked.model, pick_device(asked.device)).encode(given(asked.images), given(asked.texts))
+    vectors = FuseLIP.from_pretrained(asked.model, asked.device).encode(given(asked.images), given(asked.texts))
     if asked.out:
         save_tensors({"embeddings": vectors}, asked.out)
         print(f"{tuple(vectors.shape)} vectors: {asked.out}")
@@ -126,7 +132,7 @@ def embed_command(rest):
 # %% ../nbs/26_cli.ipynb #2d223e63
 def train_tokenizer_command(rest):
     import torch
-    from fuselip_edu.core import pick_device, seed_everything, write_json
+    from fuselip_edu.core import seed_everything, write_json
     from fuselip_edu.sources import open_source, source_images
     from fuselip_edu.titok import TiTok, TiTokConfig, TokenizerTrainConfig, train_tokenizer
     from fuselip_edu.train import open_run, preset

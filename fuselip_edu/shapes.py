@@ -9,7 +9,7 @@ __all__ = ['SHAPES', 'COLOURS', 'NAMES', 'SIZES', 'GRID', 'TONES', 'TEXTURES', '
            'listed', 'captions', 'questions', 'phrases', 'region', 'variants', 'substitute', 'edit', 'false_captions',
            'scene_pairs']
 
-# %% ../nbs/02_shapes.ipynb #a8927487
+# %% ../nbs/02_shapes.ipynb #0fb287bc
 import functools, random, zlib
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ import torch
 from .core import resize_image
 from .pairs import Item, Pair
 
-# %% ../nbs/02_shapes.ipynb #be443ee8
+# %% ../nbs/02_shapes.ipynb #deb2f954
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 COLOURS = {"red": (222, 40, 40), "green": (30, 150, 50), "blue": (35, 70, 215),
            "yellow": (250, 210, 30), "purple": (150, 50, 190), "cyan": (50, 200, 225)}
@@ -29,7 +29,7 @@ GRID = 4  # a scene is GRID × GRID cells
 TONES = {"white": (245, 245, 245), "black": (35, 35, 35)}
 TEXTURES = ("plain", "striped", "dotted")
 
-# %% ../nbs/02_shapes.ipynb #2223e1a2
+# %% ../nbs/02_shapes.ipynb #3003b5b3
 @functools.lru_cache(maxsize=None)
 def cells_at(
     row:int, column:int, # of the upper left cell
@@ -53,18 +53,21 @@ class Object:
         for value, known in ((self.shape, SHAPES), (self.colour, COLOURS), (self.size, SIZES)):
             if value not in known: raise ValueError(f"an Object got {value!r}; expected one of {', '.join(known)}")
         if min(self.row, self.column) < 0 or max(self.row, self.column) + SIZES[self.size] > GRID:
-            raise ValueError(f"a {self.size} object at row {self.row}, column {self.column} does not fit the grid of {GRID} × {GRID} cells; move it inside")
+            raise ValueError(f"a {self.size} object at row {self.row}, column {self.column} does not fit "
+                             f"the grid of {GRID} × {GRID} cells; move it inside")
 
     @property
     def cells(self): return cells_at(self.row, self.column, self.size)
 
     @property
-    def centre(self): return (self.row + SIZES[self.size] / 2, self.column + SIZES[self.size] / 2)  # (y, x) in cells
+    def centre(self): # (y, x) in cells
+        half = SIZES[self.size] / 2
+        return self.row + half, self.column + half
 
     @property
     def name(self): return f"{self.colour} {self.shape}"
 
-# %% ../nbs/02_shapes.ipynb #d495a427
+# %% ../nbs/02_shapes.ipynb #af6f70c1
 @dataclass(frozen=True)
 class Scene:
     "A background and one to four objects that neither overlap nor share a name."
@@ -74,14 +77,16 @@ class Scene:
 
     def __post_init__(self):
         if self.tone not in TONES or self.texture not in TEXTURES:
-            raise ValueError(f"a Scene got {self.texture!r} {self.tone!r}; expected one of {', '.join(TEXTURES)} and one of {', '.join(TONES)}")
-        if not 1 <= len(self.objects) <= 4: raise ValueError(f"a Scene holds one to four objects, not {len(self.objects)}; change the number")
-        if len({thing.name for thing in self.objects}) < len(self.objects):
-            raise ValueError(f"two objects of a Scene share a name: {', '.join(thing.name for thing in self.objects)}; change a colour or a shape")
-        if len(frozenset().union(*(thing.cells for thing in self.objects))) < sum(len(thing.cells) for thing in self.objects):
-            raise ValueError(f"two objects of a Scene overlap: {', '.join(thing.name for thing in self.objects)}; move one")
+            raise ValueError(f"a Scene got {self.texture!r} {self.tone!r}; expected one of {', '.join(TEXTURES)} "
+                             f"and one of {', '.join(TONES)}")
+        names, cells = [thing.name for thing in self.objects], [thing.cells for thing in self.objects]
+        if not 1 <= len(names) <= 4: raise ValueError(f"a Scene holds one to four objects, not {len(names)}; change the number")
+        if len(set(names)) < len(names):
+            raise ValueError(f"two objects of a Scene share a name: {', '.join(names)}; change a colour or a shape")
+        if len(frozenset().union(*cells)) < sum(map(len, cells)):
+            raise ValueError(f"two objects of a Scene overlap: {', '.join(names)}; move one")
 
-# %% ../nbs/02_shapes.ipynb #ef5ef941
+# %% ../nbs/02_shapes.ipynb #fe58fcc3
 @functools.lru_cache(maxsize=None)
 def sprite(
     shape:str, # one of `SHAPES`
@@ -96,13 +101,14 @@ def sprite(
     if shape == "circle": draw.ellipse((edge, edge, end, end), fill=255)
     elif shape == "square": draw.rectangle((fine * 0.02, fine * 0.02, fine * 0.98, fine * 0.98), fill=255)
     elif shape == "triangle": draw.polygon(((fine / 2, edge), (end, end), (edge, end)), fill=255)
-    elif shape == "diamond": draw.polygon(((fine / 2, 0), (fine, fine / 2), (fine / 2, fine), (0, fine / 2)), fill=255)
+    elif shape == "diamond":
+        draw.polygon(((fine / 2, 0), (fine, fine / 2), (fine / 2, fine), (0, fine / 2)), fill=255)
     elif shape == "cross":
         draw.rectangle((third, edge, fine - third, end), fill=255)
         draw.rectangle((edge, third, end, fine - third), fill=255)
     return (np.asarray(canvas.resize((side, side), Image.Resampling.BOX), dtype=np.float32) / 255)[..., None]
 
-# %% ../nbs/02_shapes.ipynb #3003b5b3
+# %% ../nbs/02_shapes.ipynb #cea9ea9a
 @functools.lru_cache(maxsize=None)
 def background(
     tone:str, # a key of `TONES`
@@ -116,13 +122,14 @@ def background(
     shift = 20 if tone == "black" else -20
     return (np.array(TONES[tone]) + shift * pattern[..., None]).astype(np.float32)
 
-# %% ../nbs/02_shapes.ipynb #abbc31aa
+# %% ../nbs/02_shapes.ipynb #7c1a4df8
 def render(
     scene:Scene,
     size:int=32 # side in pixels, a multiple of `GRID`
 ) -> torch.Tensor: # (3, size, size), uint8
     "Paint a scene."
-    if size < GRID or size % GRID: raise ValueError(f"size {size} is not a multiple of {GRID}, the number of cells a side; try {size - size % GRID or GRID}")
+    if size < GRID or size % GRID:
+        raise ValueError(f"size {size} is not a multiple of {GRID}, the number of cells a side; try {size - size % GRID or GRID}")
     cell, canvas = size // GRID, background(scene.tone, scene.texture, size).copy()
     for thing in scene.objects:
         side, top, left = SIZES[thing.size] * cell, thing.row * cell, thing.column * cell
@@ -130,13 +137,14 @@ def render(
         patch += stencil * (np.array(COLOURS[thing.colour], dtype=np.float32) - patch)
     return torch.from_numpy(canvas.astype(np.uint8)).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/02_shapes.ipynb #af6f70c1
+# %% ../nbs/02_shapes.ipynb #6a70e0d9
 def free_places(
     objects, # the objects that are there
     size:str # the size of the object to place
 ) -> list: # of (row, column)
     "Where an object of this size fits without overlap."
-    taken, stops = frozenset().union(*(thing.cells for thing in objects)), range(GRID - SIZES[size] + 1)
+    taken = frozenset().union(*(thing.cells for thing in objects))
+    stops = range(GRID - SIZES[size] + 1)
     return [(row, column) for row in stops for column in stops if taken.isdisjoint(cells_at(row, column, size))]
 
 
@@ -151,8 +159,8 @@ def random_object(
     colour, shape = name.split()
     return Object(shape, colour, size, *rng.choice(places))
 
-# %% ../nbs/02_shapes.ipynb #64f910fe
-HELD_OUT = (("red", "triangle"), ("blue", "cross"), ("yellow", "circle"), ("green", "diamond"))  # only test scenes have them
+# %% ../nbs/02_shapes.ipynb #9695e48d
+HELD_OUT = (("red", "triangle"), ("blue", "cross"), ("yellow", "circle"), ("green", "diamond"))  # in test scenes only
 FAMILIAR = tuple(name for name in NAMES if tuple(name.split()) not in HELD_OUT)
 
 
@@ -161,10 +169,11 @@ def split_of(
 ) -> str: # "train" or "test"
     "Scenes with a held-out name are test; so is a tenth of the others, by checksum."
     if any(thing.name not in FAMILIAR for thing in scene.objects): return "test"
-    content = [f"{thing.size} {thing.name} {thing.row} {thing.column}" for thing in scene.objects]
-    return "test" if zlib.crc32(f"{sorted(content)} {scene.tone} {scene.texture}".encode()) % 10 == 0 else "train"
+    things = sorted(f"{thing.size} {thing.name} {thing.row} {thing.column}" for thing in scene.objects)
+    checksum = zlib.crc32(f"{things} {scene.tone} {scene.texture}".encode())
+    return "test" if checksum % 10 == 0 else "train"
 
-# %% ../nbs/02_shapes.ipynb #bfc5bead
+# %% ../nbs/02_shapes.ipynb #4f7452da
 def sample_scene(
     rng:random.Random,
     split:str="train", # "train" or "test"
@@ -172,7 +181,7 @@ def sample_scene(
 ) -> Scene:
     "Draw scenes until one belongs to the split."
     if split not in ("train", "test"): raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    if count not in (None, 1, 2, 3, 4): raise ValueError(f"a scene has 1 to 4 objects, not {count}; change count")
+    if count not in (None, 1, 2, 3, 4): raise ValueError(f"count must be 1 to 4 objects, not {count}")
     while True:
         objects, wanted = (), count or rng.choice((1, 2, 2, 3, 3, 4))
         for _ in range(wanted):
@@ -191,16 +200,17 @@ def scene_at(
     "The scene that belongs to (seed, split, index)."
     return sample_scene(random.Random(f"{seed}/{split}/{index}"), split, count)
 
-# %% ../nbs/02_shapes.ipynb #d7b259b9
+# %% ../nbs/02_shapes.ipynb #e6559d8b
 def place(
     thing:Object
 ) -> str: # e.g. "upper left", "center", "center right"
     "The third of the image that the object's centre lies in, down and across."
     y, x = thing.centre
-    row, column = ("upper", "center", "lower")[int(3 * y / GRID)], ("left", "center", "right")[int(3 * x / GRID)]
+    row = ("upper", "center", "lower")[int(3 * y / GRID)]
+    column = ("left", "center", "right")[int(3 * x / GRID)]
     return "center" if row == column else f"{row} {column}"
 
-# %% ../nbs/02_shapes.ipynb #cea9ea9a
+# %% ../nbs/02_shapes.ipynb #f784f5a3
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
@@ -230,9 +240,10 @@ def related(
     scene:Scene
 ) -> list: # of (a, relation, b)
     "Every clear relation of the scene."
-    return [(a, how, b) for a in scene.objects for b in scene.objects if a is not b and (how := relation(a, b))]
+    couples = [(a, b) for a in scene.objects for b in scene.objects if a is not b]
+    return [(a, how, b) for a, b in couples if (how := relation(a, b))]
 
-# %% ../nbs/02_shapes.ipynb #a73c66fe
+# %% ../nbs/02_shapes.ipynb #289f9fd4
 def listed(
     phrases # list of strings
 ) -> str:
@@ -256,14 +267,15 @@ def captions(
         phrasings.append(f"a {a.name} {how} a {b.name}" + (f", elsewhere {listed(rest)}" if rest else ""))
     return phrasings
 
-# %% ../nbs/02_shapes.ipynb #e3d9232e
+# %% ../nbs/02_shapes.ipynb #f75b9e0a
 NUMBERS = ("zero", "one", "two", "three", "four")
-ANSWERS = {"colour": tuple(COLOURS), "shape": SHAPES, "count": NUMBERS, "is there": ("yes", "no"), "comparison": ("yes", "no"),
-           "relation": tuple(f"a {name}" for name in NAMES)}
+ANSWERS = {"colour": tuple(COLOURS), "shape": SHAPES, "count": NUMBERS, "is there": ("yes", "no"),
+           "comparison": ("yes", "no"), "relation": tuple(f"a {name}" for name in NAMES)}
 
 
-def _about_one(scene): # colour by shape, shape by colour, and either by place where that does not single the object out
-    shapes, colours, places = ([value(thing) for thing in scene.objects] for value in (lambda t: t.shape, lambda t: t.colour, place))
+def _about_one(scene): # colour by shape, shape by colour, and either by place where that is not enough
+    shapes, colours = [thing.shape for thing in scene.objects], [thing.colour for thing in scene.objects]
+    places = [place(thing) for thing in scene.objects]
     for thing, where in zip(scene.objects, places):
         if shapes.count(thing.shape) == 1: yield "colour", f"what colour is the {thing.shape}?", thing.colour
         elif places.count(where) == 1: yield "colour", f"what colour is the shape in the {where}?", thing.colour
@@ -274,9 +286,11 @@ def _about_one(scene): # colour by shape, shape by colour, and either by place w
 def _about_number(scene, rng):
     shapes, names = [thing.shape for thing in scene.objects], [thing.name for thing in scene.objects]
     shape = rng.choice(shapes if rng.random() < 0.7 else SHAPES)
-    yield "count", f"how many {shape}{'es' if shape.endswith('s') else 's'} are there?", NUMBERS[shapes.count(shape)]
+    plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
+    yield "count", f"how many {plural} are there?", NUMBERS[shapes.count(shape)]
+    absent = [name for name in FAMILIAR if name not in names]
     if rng.random() < 0.5: yield "is there", f"is there a {rng.choice(names)}?", "yes"
-    else: yield "is there", f"is there a {rng.choice([name for name in FAMILIAR if name not in names])}?", "no"
+    else: yield "is there", f"is there a {rng.choice(absent)}?", "no"
 
 
 def _about_two(scene, rng):
@@ -284,20 +298,21 @@ def _about_two(scene, rng):
     if unlike:
         a, b = rng.choice(unlike)
         yield "comparison", f"is the {a.name} larger than the {b.name}?", "yes" if a.size == "large" else "no"
-    alone = [(a, how, b) for a, how, b in related(scene) if sum(distance(other, how, b) > 0 for other in scene.objects) == 1]
+    alone = [(a, how, b) for a, how, b in related(scene)
+             if sum(distance(other, how, b) > 0 for other in scene.objects) == 1]
     if alone:
         a, how, b = rng.choice(alone)
         yield "relation", f"what is {how} the {b.name}?", f"a {a.name}"
 
-# %% ../nbs/02_shapes.ipynb #961481ee
+# %% ../nbs/02_shapes.ipynb #b7d91fbf
 def questions(
     scene:Scene,
     rng:random.Random
 ) -> list: # of (kind, question, answer)
-    "Questions with one clear answer: colour and shape of each object where it can be singled out, one of every other kind."
+    "Questions with one clear answer: of each object's colour and shape where possible, and one of every other kind."
     return [*_about_one(scene), *_about_number(scene, rng), *_about_two(scene, rng)]
 
-# %% ../nbs/02_shapes.ipynb #72972627
+# %% ../nbs/02_shapes.ipynb #3b91f6a5
 def phrases(
     scene:Scene,
     thing:Object
@@ -310,7 +325,8 @@ def phrases(
     if all(other.size != thing.size for other in alike): found.append(f"the {thing.size} {thing.shape}")
     if all(place(other) != place(thing) for other in others): found.append(f"the shape in the {place(thing)}")
     for side in ("left", "right"):
-        if alike and all(distance(thing, f"{side} of", other) >= 1 for other in alike): found.append(f"the {thing.shape} on the {side}")
+        if alike and all(distance(thing, f"{side} of", other) >= 1 for other in alike):
+            found.append(f"the {thing.shape} on the {side}")
     return found
 
 
@@ -323,7 +339,7 @@ def region(
     top, left, side = thing.row * cell, thing.column * cell, SIZES[thing.size] * cell
     return resize_image(image[:, top:top + side, left:left + side], image.shape[1])
 
-# %% ../nbs/02_shapes.ipynb #b037e992
+# %% ../nbs/02_shapes.ipynb #515cfb9b
 def variants(
     scene:Scene,
     thing:Object, # one of its objects
@@ -342,20 +358,23 @@ def substitute(
     "The scene with some of its objects exchanged for others."
     return replace(scene, objects=tuple(new.get(thing, thing) for thing in scene.objects))
 
-# %% ../nbs/02_shapes.ipynb #9695e48d
+# %% ../nbs/02_shapes.ipynb #166156ae
 def _recolour(scene, rng):
     thing = rng.choice(scene.objects)
     new = rng.choice(variants(scene, thing, "colour"))
-    return substitute(scene, {thing: new}), f"make the {thing.name} {new.colour}", f"make the {new.name} {thing.colour}"
+    text, inverse = f"make the {thing.name} {new.colour}", f"make the {new.name} {thing.colour}"
+    return substitute(scene, {thing: new}), text, inverse
 
 
 def _move(scene, rng):
     thing = rng.choice(scene.objects)
     free = free_places([other for other in scene.objects if other is not thing], thing.size)
-    moved = [new for row, column in free if place(new := replace(thing, row=row, column=column)) != place(thing)]
+    moved = [replace(thing, row=row, column=column) for row, column in free]
+    moved = [new for new in moved if place(new) != place(thing)]
     if not moved: return None
     new = rng.choice(moved)
-    return substitute(scene, {thing: new}), f"move the {thing.name} to the {place(new)}", f"move the {thing.name} to the {place(thing)}"
+    text, inverse = (f"move the {thing.name} to the {place(goal)}" for goal in (new, thing))
+    return substitute(scene, {thing: new}), text, inverse
 
 
 def _swap(scene, rng):
@@ -363,22 +382,25 @@ def _swap(scene, rng):
     if not couples: return None
     a, b = rng.choice(couples)
     text = f"swap the {a.name} and the {b.name}"  # its own inverse
-    return substitute(scene, {a: replace(a, row=b.row, column=b.column), b: replace(b, row=a.row, column=a.column)}), text, text
+    new = {a: replace(a, row=b.row, column=b.column), b: replace(b, row=a.row, column=a.column)}
+    return substitute(scene, new), text, text
 
 
 def _add(scene, rng):
     thing = random_object(scene.objects, rng) if len(scene.objects) < 4 else None
     if thing is None: return None
-    return replace(scene, objects=(*scene.objects, thing)), f"add a {thing.size} {thing.name} in the {place(thing)}", f"remove the {thing.name}"
+    text, inverse = f"add a {thing.size} {thing.name} in the {place(thing)}", f"remove the {thing.name}"
+    return replace(scene, objects=(*scene.objects, thing)), text, inverse
 
 
 def _remove(scene, rng):
     if len(scene.objects) == 1: return None
     thing = rng.choice(scene.objects)
     rest = tuple(other for other in scene.objects if other is not thing)
-    return replace(scene, objects=rest), f"remove the {thing.name}", f"add a {thing.size} {thing.name} in the {place(thing)}"
+    text, inverse = f"remove the {thing.name}", f"add a {thing.size} {thing.name} in the {place(thing)}"
+    return replace(scene, objects=rest), text, inverse
 
-# %% ../nbs/02_shapes.ipynb #4f7452da
+# %% ../nbs/02_shapes.ipynb #3b756120
 _EDITORS = {"recolour": _recolour, "move": _move, "swap": _swap, "add": _add, "remove": _remove}
 EDITS = tuple(_EDITORS)
 
@@ -397,7 +419,7 @@ def edit(
         if found and split_of(found[0]) == split: return found
     return None
 
-# %% ../nbs/02_shapes.ipynb #12534867
+# %% ../nbs/02_shapes.ipynb #d53e9c88
 def _false_forms(scene, rng):
     phrase = lambda thing: f"a {thing.size} {thing.name}"
     told = lambda new: listed([phrase(new.get(thing, thing)) for thing in scene.objects])
@@ -406,12 +428,14 @@ def _false_forms(scene, rng):
     yield "replace-attribute", true, told({thing: rng.choice(variants(scene, thing, "colour"))})
     extra = f"a {rng.choice(tuple(SIZES))} {rng.choice(variants(scene, thing, 'colour')).name}"
     yield "add-object", true, listed([*map(phrase, scene.objects), extra])
-    yield "add-attribute", true, f"{true} on a {rng.choice([other for other in TEXTURES if other != scene.texture])} background"
+    wrong = rng.choice([texture for texture in TEXTURES if texture != scene.texture])
+    yield "add-attribute", true, f"{true} on a {wrong} background"
     if found := related(scene):
         a, how, b = rng.choice(found)
         yield "replace-relation", f"a {a.name} {how} a {b.name}", f"a {a.name} {OPPOSITE[how]} a {b.name}"
         yield "swap-object", f"a {a.name} {how} a {b.name}", f"a {b.name} {how} a {a.name}"
-    crossed = [{a: replace(a, colour=b.colour), b: replace(b, colour=a.colour)} for a in scene.objects for b in scene.objects if a < b]
+    crossed = [{a: replace(a, colour=b.colour), b: replace(b, colour=a.colour)}
+               for a in scene.objects for b in scene.objects if a < b]
     names = [thing.name for thing in scene.objects]
     crossed = [new for new in crossed if all(thing.name not in names for thing in new.values())]
     if crossed: yield "swap-attribute", true, told(rng.choice(crossed))
@@ -424,7 +448,7 @@ def false_captions(
     "Hard negatives of SugarCrepe's kinds: one thing replaced, swapped or added, everything else kept."
     return list(_false_forms(scene, rng))
 
-# %% ../nbs/02_shapes.ipynb #96df4a58
+# %% ../nbs/02_shapes.ipynb #8f787a24
 def scene_pairs(
     scene:Scene,
     rng:random.Random,
@@ -434,9 +458,10 @@ def scene_pairs(
     "Everything one scene teaches, in the groups that share a batch."
     image, asked = render(scene, size), questions(scene, rng)
     asked = rng.sample(asked, min(4, len(asked)))
-    groups = {"caption": [[Pair(Item(image), Item(text=text))] for text in rng.sample(captions(scene, rng), 2)],
+    groups = {"caption": [[Pair(Item(image), Item(text=text))] for text in rng.sample(captions(scene, rng), 4)],
               "vqa": [[Pair(Item(image, question), Item(text=answer)) for _, question, answer in asked]],
-              "region": [[Pair(Item(image, rng.choice(phrases(scene, thing))), Item(region(image, thing))) for thing in scene.objects]],
+              "region": [[Pair(Item(image, rng.choice(phrases(scene, thing))), Item(region(image, thing)))
+                          for thing in scene.objects]],
               "edit": []}
     if found := edit(scene, rng.choice(EDITS), rng, split):
         edited, text, inverse = found

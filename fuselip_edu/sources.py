@@ -36,7 +36,7 @@ class ShapesSource:
         tgit:int=1 # transformations a scene
     ):
         self.scenes, self.seed, self.split, self.size = scenes, seed, split, size
-        self.parts = ("caption", "caption", "vqa", "edit", "region", *("tgit",) * tgit)  # of one scene's items
+        self.parts = (*("caption",) * 4, "vqa", "edit", "region", *("tgit",) * tgit)  # of one scene's items
         self._scene = functools.lru_cache(maxsize=2)(self._groups_of)
 
     def _groups_of(self, index): # of scene `index`: {part: list of groups}

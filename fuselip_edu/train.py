@@ -28,19 +28,19 @@ from .titok import TiTok
 @dataclass
 class TrainConfig:
     "How to train; the defaults are the `tiny` preset's."
-    steps: int = 1500  # optimiser steps
+    steps: int = 2600  # optimiser steps
     seconds: float = 0.0  # stop after this long if it comes first; 0 means no limit. A run cut by the clock is not reproducible
-    batch_size: int = 256  # pairs a step; all are negatives of each other
+    batch_size: int = 128  # pairs a step; all are negatives of each other
     accumulation: int = 1  # parts a batch is split into to save memory; every pair still meets every other
-    lr: float = 1e-3  # peak learning rate
-    warmup_steps: int = 100  # linear warm-up
+    lr: float = 2e-3  # peak learning rate; the paper: 1e-3
+    warmup_steps: int = 200  # linear warm-up
     weight_decay: float = 0.1  # of matrices; vectors and scalars have none
     beta1: float = 0.9
     beta2: float = 0.98
     grad_norm: float = 1.0  # gradients are clipped to this norm
     loss: str = "sigmoid"  # or "softmax"
     skip_twins: bool = True  # an item that is twice in a batch is no negative of itself; the paper: False
-    mask_probability: float = 0.1  # share of tokens hidden
+    mask_probability: float = 0.02  # share of tokens hidden; the paper: 0.1
     mask_weight: float = 0.25  # of the masked loss in the total
     seed: int = 0
     device: str = "auto"
@@ -135,7 +135,7 @@ def masked_losses(encoded, b, counts=None): # mean cross-entropy of the left sid
 
 
 def loss_values(contrastive, masked, config): # tensors -> floats, with their total
-    values = {"contrastive": float(contrastive.detach()), "masked": float(masked)}
+    values = {"contrastive": float(contrastive.detach()), "masked": float(masked.detach())}
     return {"loss": values["contrastive"] + config.mask_weight * values["masked"], **values}
 
 
@@ -318,8 +318,8 @@ TINY_TOKENIZER = str(Path(__file__).resolve().parent.parent / "data" / "tiny") i
 class Config:
     "All that decides a run; the defaults are the `tiny` preset."
     data: str = "shapes"  # or csv:PATH
-    scenes: int = 5000  # of shapes
-    tgit: int = 3  # transformations of each scene
+    scenes: int = 6000  # of shapes
+    tgit: int = 2  # transformations of each scene, of shapes
     tokenizer: str = TINY_TOKENIZER  # folder of the image tokenizer
     text_vocab: int = 512  # ids of the text tokenizer trained on the data's texts
     encoder: FuseLIPConfig = field(default_factory=FuseLIPConfig)

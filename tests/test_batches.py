@@ -123,7 +123,7 @@ def test_a_shared_picture_is_encoded_once():
     image_tokenizer = TiTok(TiTokConfig(width=16, layers=1, heads=2, decoder_width=16, decoder_layers=1, decoder_heads=2)).eval()
     encode, seen = image_tokenizer.encode, []
     image_tokenizer.encode = lambda pixels: seen.append(len(pixels)) or encode(pixels)
-    tokenizer = ItemTokenizer(image_tokenizer, BPE.train([item.text for item in items if item.text], 300), 64)
+    tokenizer = ItemTokenizer(image_tokenizer, BPE.train([item.text for item in items if item.text], 300), 128)
     tokens = tokenize_pairs(groups, tokenizer)
     assert sum(seen) == len({id(item.image) for item in items if item.image is not None})
     ids, lengths = tokens.left.pad(torch.arange(len(tokens)))

@@ -1,0 +1,170 @@
+"Vector quantisation against brute force, its gradients, its cures, and the original's numbers."
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from fuselip_edu.quantize import FiniteScalarQuantizer, VectorQuantizer, nearest_code, perplexity, straight_through
+
+
+@pytest.mark.parametrize("n, k, d", [(1, 1, 1), (500, 64, 2), (300, 256, 12), (200, 1000, 64)])
+def test_nearest_code_is_the_nearest(n, k, d):
+    torch.manual_seed(n + k + d)
+    vectors, codebook = torch.randn(n, d), torch.randn(k, d)
+    distance = (vectors.double()[:, None] - codebook.double()[None]).pow(2).sum(-1)
+    two = distance.topk(min(2, k), largest=False).values
+    clear = two[:, -1] - two[:, 0] > 1e-4 if k > 1 else torch.ones(n, dtype=torch.bool)
+    assert clear.float().mean() > 0.95
+    found = nearest_code(vectors, codebook)
+    assert found.dtype == torch.int64 and torch.equal(found[clear], distance.argmin(1)[clear])
+    chosen = distance.gather(1, found[:, None])[:, 0]
+    assert torch.allclose(chosen, two[:, 0], atol=1e-4)
+
+
+def test_nearest_code_takes_low_precision_and_stays_in_fp32_under_autocast():
+    torch.manual_seed(0)
+    codebook = 10 + torch.arange(50.0)[:, None] * torch.ones(1, 8) * 1e-2  # bf16 cannot tell these apart
+    with torch.autocast("cpu", torch.bfloat16): found = nearest_code(codebook, codebook)
+    assert torch.equal(found, torch.arange(50))
+    assert nearest_code(torch.randn(3, 8).half(), codebook).shape == (3,)
+
+
+def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
+    vectors, quantized = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    arriving = torch.randn(5, 3)
+    out = straight_through(vectors, quantized)
+    out.backward(arriving)
+    assert torch.allclose(out, quantized, atol=1e-6) and torch.equal(vectors.grad, arriving) and quantized.grad is None
+
+
+def test_perplexity():
+    assert perplexity(torch.arange(64).repeat(3), 64) == pytest.approx(64, rel=1e-5)
+    assert perplexity(torch.full((2, 9), 5), 64) == pytest.approx(1)
+    p = torch.tensor([0.5, 0.25, 0.25])
+    assert perplexity(torch.tensor([[0, 0], [1, 2]]), 3) == pytest.approx(float(torch.exp(-(p * p.log()).sum())))
+    with pytest.raises(ValueError, match="at least one"): perplexity(torch.zeros(0, dtype=torch.long), 4)
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_losses_pull_one_side_each(l2_norm):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(16, 4, l2_norm, commitment=0.25)
+    quantizer.embedding.weight.data = torch.randn(16, 4)
+    z = torch.randn(3, 5, 4, requires_grad=True)
+    quantized, indices, loss = quantizer(z)
+    vectors = F.normalize(z, dim=-1) if l2_norm else z
+    codes = quantizer.codebook[indices]
+    expected = 0.0
+    for i in range(3):
+        for j in range(5): expected += (codes[i, j] - vectors[i, j]).pow(2).sum() * 1.25 / (3 * 5 * 4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(quantized, codes, atol=1e-6)
+    loss.backward()
+    reference = torch.autograd.grad(0.25 * F.mse_loss(vectors, codes.detach()), z)[0]
+    assert torch.allclose(z.grad, reference, atol=1e-7)
+    dead = torch.ones(16, dtype=torch.bool).index_fill(0, indices.unique(), False)
+    assert dead.any() and (quantizer.embedding.weight.grad[dead] == 0).all()
+    assert (quantizer.embedding.weight.grad[~dead].norm(dim=1) > 0).all()
+
+
+def test_the_decoder_gradient_reaches_the_encoder_and_not_the_codes():
+    quantizer = VectorQuantizer(16, 4, l2_norm=False)
+    z = torch.randn(6, 4, requires_grad=True)
+    quantizer(z)[0].sum().backward()
+    assert torch.equal(z.grad, torch.ones(6, 4)) and quantizer.embedding.weight.grad is None
+
+
+def test_l2_codebook_lies_on_the_unit_sphere():
+    quantizer = VectorQuantizer(32, 6)
+    quantizer.embedding.weight.data = torch.randn(32, 6) * torch.logspace(-2, 2, 32)[:, None]
+    assert torch.allclose(quantizer.codebook.norm(dim=-1), torch.ones(32), atol=1e-6)
+    z = torch.randn(4, 7, 6)
+    codes, indices, _ = quantizer(z)
+    assert torch.allclose(codes.norm(dim=-1), torch.ones(4, 7), atol=1e-5)
+    assert torch.equal(quantizer(100 * z)[1], indices)  # directions only
+    cosine = F.normalize(z.double(), dim=-1) @ F.normalize(quantizer.embedding.weight.double(), dim=-1).T
+    assert torch.equal(indices, cosine.argmax(-1))
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_fill_from_replaces_exactly_the_unused(l2_norm):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(64, 4, l2_norm)
+    quantizer.embedding.weight.data = torch.randn(64, 4)
+    used = quantizer(torch.randn(40, 4))[1].unique()
+    before, vectors = quantizer.codebook.detach().clone(), torch.randn(200, 4)
+    assert quantizer.fill_from(vectors, torch.Generator().manual_seed(1), dead_only=True) == 64 - len(used)
+    after, changed = quantizer.codebook.detach(), (quantizer.codebook != before).any(1)
+    assert torch.equal((~changed).nonzero()[:, 0], used)
+    source = F.normalize(vectors, dim=-1) if l2_norm else vectors
+    assert (torch.cdist(after[changed], source).min(1).values < 1e-3).all()
+    assert (quantizer.usage == 0).all()
+    assert quantizer.fill_from(vectors) == 64 and (torch.cdist(quantizer.codebook, source).min(1).values < 1e-3).all()
+
+
+def test_usage_counts_only_in_training_and_is_not_saved():
+    quantizer = VectorQuantizer(8, 3)
+    quantizer(torch.randn(5, 2, 3))
+    assert quantizer.usage.sum() == 10
+    quantizer.eval()(torch.randn(5, 2, 3))
+    assert quantizer.usage.sum() == 10 and set(quantizer.state_dict()) == {"embedding.weight"}
+
+
+def test_fill_from_repeats_with_its_seed():
+    tables = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        quantizer, vectors = VectorQuantizer(32, 4), torch.randn(100, 4)
+        quantizer.fill_from(vectors, torch.Generator().manual_seed(7))
+        tables.append(quantizer.codebook.detach().clone())
+    assert torch.equal(*tables)
+
+
+@pytest.mark.parametrize("quantizer", [VectorQuantizer(64, 3), FiniteScalarQuantizer((4, 4, 4))])
+def test_one_interface(quantizer):
+    torch.manual_seed(0)
+    for shape in ((3,), (5, 3), (2, 5, 3), (2, 2, 5, 3)):
+        z = torch.randn(shape, requires_grad=True)
+        codes, indices, loss = quantizer(z)
+        assert codes.shape == shape and indices.shape == shape[:-1] and loss.shape == () and indices.dtype == torch.int64
+        assert torch.allclose(codes, quantizer.decode(indices), atol=1e-5)
+        (codes.pow(2).sum() + codes.sum() + loss).backward()
+        assert torch.isfinite(z.grad).all() and (z.grad != 0).any()
+    with pytest.raises(ValueError, match="3.* 5"): quantizer(torch.randn(2, 5))
+    with pytest.raises(IndexError, match="0 to 63"): quantizer.decode(torch.tensor([0, 64]))
+    with pytest.raises(IndexError, match="-1"): quantizer.decode(torch.tensor([-1, 3]))
+
+
+@pytest.mark.parametrize("levels", [(2,), (8, 6, 5), (3, 3), (7, 2, 4, 2)])
+def test_finite_scalar_codes(levels):
+    quantizer = FiniteScalarQuantizer(levels)
+    every = quantizer.decode(torch.arange(quantizer.n_codes))
+    assert len(every.unique(dim=0)) == quantizer.n_codes and every.min() == -1 and every.max() == 1
+    assert [len(every[:, i].unique()) for i in range(len(levels))] == list(levels)
+    logits = torch.special.logit((every + 1) / 2, eps=1e-4)  # what squashes to the code
+    assert torch.equal(quantizer(logits)[1], torch.arange(quantizer.n_codes))
+    assert not list(quantizer.parameters()) and not quantizer.state_dict()
+
+
+def test_finite_scalar_gradient_is_that_of_the_squashing():
+    quantizer, z = FiniteScalarQuantizer((8, 5)), torch.randn(10, 2, dtype=torch.float32, requires_grad=True)
+    quantizer(z)[0].sum().backward()
+    s = z.detach().sigmoid()
+    assert torch.allclose(z.grad, 2 * s * (1 - s), atol=1e-6)
+    with pytest.raises(ValueError, match="2 levels"): FiniteScalarQuantizer((8, 1))
+
+
+@pytest.mark.parametrize("name", ["legacy_l2", "nonlegacy_l2", "nonlegacy_nol2"])
+def test_the_original(golden, name):
+    data = load_file(golden / f"titok_{name}.safetensors")
+    weights = data if "model.quantize.embedding.weight" in data else load_file(golden / "titok_nonlegacy_l2.safetensors")
+    quantizer = VectorQuantizer(256, 12, l2_norm=not name.endswith("nol2")).eval()
+    quantizer.load_state_dict({"embedding.weight": weights["model.quantize.embedding.weight"]})
+    z = data["io.z"][:, :, 0].mT  # (b, n, d)
+    codes, indices, loss = quantizer(z)
+    assert torch.equal(indices, data["io.indices"][:, 0])
+    assert (codes - data["io.z_quantized"][:, :, 0].mT).abs().max() < 1e-4
+    assert (quantizer.decode(indices) - data["io.z_from_codes"].squeeze().reshape(codes.mT.shape).mT).abs().max() < 1e-4
+    assert loss.item() == pytest.approx(data["io.quantizer_loss"].item(), rel=1e-4)
+    assert loss.item() == pytest.approx((data["io.commitment_loss"] + data["io.codebook_loss"]).item(), rel=1e-4)
+    assert data["io.commitment_loss"].item() == pytest.approx(0.25 * data["io.codebook_loss"].item(), rel=1e-4)
