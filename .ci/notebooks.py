@@ -42,7 +42,10 @@ def execute(names):
         notebook, started = nbformat.read(path, 4), time.monotonic()
         Client(notebook, timeout=600, kernel_name="python3", store_widget_state=False,
                resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
-        for cell in notebook.cells: cell.metadata.pop("execution", None)
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)
+            if "outputs" in cell:  # progress and timings would differ at every run
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         nbformat.write(notebook, path)
         print(f"{path.name:24} {time.monotonic() - started:6.1f} s", flush=True)
 

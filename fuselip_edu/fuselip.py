@@ -89,7 +89,7 @@ class SequenceEncoder(nn.Module):
         ids:torch.Tensor, # (b, n), int64, padded
         lengths:torch.Tensor, # (b,), true lengths; the last id of each is `<eot>`
         labels:torch.Tensor|None=None, # (b, n), hidden ids where masked, else -100
-        buckets:int=4 # sequences are sorted by length and encoded in this many parts, so that short ones are not padded to the longest
+        buckets:int=4 # sort by length and encode in this many parts, so that short sequences are not padded to the longest
     ): # (b, width) unit vectors; with labels, an `Encoded`
         "Embed sequences; the result does not depend on `buckets` or on what else is in the batch."
         order, pooled, masked = lengths.argsort(stable=True), [], []
@@ -105,7 +105,7 @@ class SequenceEncoder(nn.Module):
         states, targets, rows = map(torch.cat, zip(*masked))
         return Encoded(embeddings, self.mask_prediction_head(states, self.token_embedding.weight), targets, rows)
 
-# %% ../nbs/08_fuselip.ipynb #2eb5de6d
+# %% ../nbs/08_fuselip.ipynb #1eed3889
 def make_items(
     images=None, # list of PIL images, paths or (3, h, w) tensors; None where there is no image
     texts=None # list of strings; None where there is no text
@@ -123,7 +123,7 @@ def make_items(
         except (TypeError, ValueError) as error: raise type(error)(f"row {row}: {error}") from None
     return items
 
-# %% ../nbs/08_fuselip.ipynb #63789ce2
+# %% ../nbs/08_fuselip.ipynb #14c4fd98
 @torch.no_grad()
 def embed_sequences(
     model:SequenceEncoder,
@@ -142,7 +142,7 @@ def embed_sequences(
     model.train(was_training)
     return result
 
-# %% ../nbs/08_fuselip.ipynb #b110d796
+# %% ../nbs/08_fuselip.ipynb #07abf836
 def read_model_config(
     folder:str|Path # written by `FuseLIP.save_pretrained`, or a run folder (its `model/` is taken)
 ): # the folder that holds the model, and its configuration as a dict
@@ -156,7 +156,7 @@ def read_model_config(
     if config.get("model") != "fuselip": raise ValueError(f"{str(path)!r} does not describe a FuseLIP model; give a folder written by save_pretrained")
     return folder, config
 
-# %% ../nbs/08_fuselip.ipynb #c4eea6b6
+# %% ../nbs/08_fuselip.ipynb #77dbec23
 class FuseLIP(SequenceEncoder):
     "Images, texts, or both together in, unit vectors out; the image tokenizer is frozen."
     def __init__(self, config:FuseLIPConfig, image_tokenizer:TiTok, text_tokenizer:BPE|CLIPBPE):
@@ -192,6 +192,7 @@ class FuseLIP(SequenceEncoder):
     def from_pretrained(cls, folder:str|Path, device:str="cpu"):
         "The saved model, ready to encode; `folder` may be a run's, `device` is as `pick_device` takes it."
         folder, config = read_model_config(folder)
-        model = cls(FuseLIPConfig(**config["encoder"]), TiTok(TiTokConfig(**config["image_tokenizer"])), TEXT_TOKENIZERS[config["text_tokenizer"]].load(folder))
+        image_tokenizer, text_tokenizer = TiTok(TiTokConfig(**config["image_tokenizer"])), TEXT_TOKENIZERS[config["text_tokenizer"]].load(folder)
+        model = cls(FuseLIPConfig(**config["encoder"]), image_tokenizer, text_tokenizer)
         load_weights(model, folder / "model.safetensors")
         return model.to(pick_device(device)).eval()

@@ -9,7 +9,7 @@ __all__ = ['Item', 'Pair', 'Query']
 from dataclasses import dataclass
 from typing import Any
 
-# %% ../nbs/01_pairs.ipynb #6f1482a8
+# %% ../nbs/01_pairs.ipynb #b8fe3df8
 @dataclass(frozen=True, eq=False)
 class Item:
     "An image, a text, or both."
@@ -22,7 +22,7 @@ class Item:
         if self.image is None and not (self.text or "").strip():
             raise ValueError("an Item needs an image, a text that is not empty, or both; it got neither")
 
-# %% ../nbs/01_pairs.ipynb #2ffcf6ab
+# %% ../nbs/01_pairs.ipynb #ef14ea12
 @dataclass(frozen=True, eq=False)
 class Pair:
     "Two items that belong together; in a batch, every other combination is a negative."
@@ -34,7 +34,7 @@ class Pair:
             if not isinstance(side, Item):
                 raise TypeError(f"a Pair holds two Items, not {type(side).__name__}; wrap it as Item(image=…) or Item(text=…)")
 
-# %% ../nbs/01_pairs.ipynb #95b0b4ac
+# %% ../nbs/01_pairs.ipynb #eed0fe30
 @dataclass(frozen=True, eq=False)
 class Query:
     "Which candidate belongs to the item? Candidate 0 is right."
@@ -44,4 +44,4 @@ class Query:
 
     def __post_init__(self):
         if len(self.candidates) < 2:
-            raise ValueError(f"a Query needs the right candidate and at least one wrong one, not {len(self.candidates)}")
+            raise ValueError(f"a Query needs the right candidate and at least one wrong one, not {len(self.candidates)} in all")

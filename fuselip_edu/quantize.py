@@ -19,8 +19,8 @@ def nearest_code(
 ) -> torch.Tensor: # (n,), int64 in 0 … k-1
     "Index of the nearest code by squared Euclidean distance, in fp32 even under autocast."
     vectors, codebook = vectors.float(), codebook.float()
-    with torch.autocast(vectors.device.type, enabled=False):
-        return torch.addmm(codebook.pow(2).sum(1), vectors, codebook.T, alpha=-2).argmin(1)  # ‖v‖² is the same for all codes
+    with torch.autocast(vectors.device.type, enabled=False):  # ‖v‖² is left out: it is the same for all codes
+        return torch.addmm(codebook.pow(2).sum(1), vectors, codebook.T, alpha=-2).argmin(1)
 
 # %% ../nbs/03_quantize.ipynb #5aa46edb
 def perplexity(
@@ -42,9 +42,16 @@ def straight_through(
     return vectors + (quantized - vectors).detach()
 
 # %% ../nbs/03_quantize.ipynb #1bc6cfc0
+def _check_width(z, code_dim):
+    if z.shape[-1] != code_dim:
+        raise ValueError(f"codes have {code_dim} numbers, but the vectors have {z.shape[-1]}; project them to {code_dim} first")
+
+
 def _check_codes(indices, n_codes):
-    if indices.numel() and not 0 <= (low := int(indices.min())) <= (high := int(indices.max())) < n_codes:
-        raise IndexError(f"codes run from 0 to {n_codes - 1}, but these indices run from {low} to {high}; decode them with the codebook that made them")
+    low, high = (int(indices.min()), int(indices.max())) if indices.numel() else (0, 0)
+    if low < 0 or high >= n_codes:
+        raise IndexError(f"codes run from 0 to {n_codes - 1}, but these indices run from {low} to {high}; "
+                         "decode them with the codebook that made them")
 
 # %% ../nbs/03_quantize.ipynb #28d952f9
 class VectorQuantizer(nn.Module):
@@ -59,7 +66,7 @@ class VectorQuantizer(nn.Module):
         self.n_codes, self.code_dim, self.l2_norm, self.commitment = n_codes, code_dim, l2_norm, commitment
         self.embedding = nn.Embedding(n_codes, code_dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_codes, 1 / n_codes)
-        self.register_buffer("usage", torch.zeros(n_codes), persistent=False)  # vectors a code got since the last `fill_from`
+        self.register_buffer("usage", torch.zeros(n_codes), persistent=False)  # since the last `fill_from`
 
     @property
     def codebook(self): # (n_codes, code_dim)
@@ -68,7 +75,7 @@ class VectorQuantizer(nn.Module):
     def forward(self,
         z:torch.Tensor # (..., code_dim)
     ) -> tuple: # quantised (..., code_dim), indices (...), loss (scalar)
-        if z.shape[-1] != self.code_dim: raise ValueError(f"codes have {self.code_dim} numbers, but the vectors have {z.shape[-1]}; project them to {self.code_dim} first")
+        _check_width(z, self.code_dim)
         z, codebook = z.float(), self.codebook
         if self.l2_norm: z = F.normalize(z, dim=-1)
         indices = nearest_code(z.reshape(-1, self.code_dim), codebook).view(z.shape[:-1])
@@ -103,20 +110,21 @@ VectorQuantizer.fill_from = _fill_from
 
 # %% ../nbs/03_quantize.ipynb #0f9cc790
 class FiniteScalarQuantizer(nn.Module):
-    "No codebook to keep alive: each number of a vector is rounded to a few levels, and the code is their combination."
+    "No codebook: each number of a vector is rounded to a few levels, and the code is their combination."
     def __init__(self,
         levels:tuple=(8, 6, 5) # levels of each number, all ≥ 2; their product is the number of codes
     ):
         super().__init__()
-        if not levels or min(levels) < 2: raise ValueError(f"every number needs at least 2 levels, but levels is {levels}; leave out what has only one")
+        if not levels or min(levels) < 2: raise ValueError(f"levels is {levels}, but every number needs at least 2 levels; leave out those with one")
         self.n_codes, self.code_dim = math.prod(levels), len(levels)
+        places = [math.prod(levels[:i]) for i in range(len(levels))]  # of the digits in an index
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
-        self.register_buffer("places", torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False)
+        self.register_buffer("places", torch.tensor(places), persistent=False)
 
     def forward(self,
         z:torch.Tensor # (..., code_dim)
     ) -> tuple: # quantised (..., code_dim) in [-1, 1], indices (...), loss (0)
-        if z.shape[-1] != self.code_dim: raise ValueError(f"there are {self.code_dim} levels, but the vectors have {z.shape[-1]} numbers; project them to {self.code_dim} first")
+        _check_width(z, self.code_dim)
         bounded = z.float().sigmoid() * (self.levels - 1)  # 0 … levels - 1
         rounded = bounded.round()
         indices = (rounded.long() * self.places).sum(-1)

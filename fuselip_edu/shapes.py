@@ -129,7 +129,8 @@ def render(
 ) -> torch.Tensor: # (3, size, size), uint8
     "Paint a scene."
     if size < GRID or size % GRID:
-        raise ValueError(f"size {size} is not a multiple of {GRID}, the number of cells a side; try {size - size % GRID or GRID}")
+        nearby = size - size % GRID or GRID
+        raise ValueError(f"size {size} is not a multiple of {GRID}, the number of cells a side; try {nearby}")
     cell, canvas = size // GRID, background(scene.tone, scene.texture, size).copy()
     for thing in scene.objects:
         side, top, left = SIZES[thing.size] * cell, thing.row * cell, thing.column * cell
@@ -161,7 +162,7 @@ def random_object(
 
 # %% ../nbs/02_shapes.ipynb #9695e48d
 HELD_OUT = (("red", "triangle"), ("blue", "cross"), ("yellow", "circle"), ("green", "diamond"))  # in test scenes only
-FAMILIAR = tuple(name for name in NAMES if tuple(name.split()) not in HELD_OUT)
+FAMILIAR = tuple(name for name in NAMES if tuple(name.split()) not in HELD_OUT)  # in train scenes too
 
 
 def split_of(
@@ -230,7 +231,7 @@ def relation(
     b:Object
 ) -> str|None: # "left of", "right of", "above", "below"
     "How `a` lies to `b`: at least a cell that way, and farther than any other way; None if nothing is."
-    down, right = distance(a, "below", b), distance(a, "right of", b)
+    down, right = (at - other for at, other in zip(a.centre, b.centre))
     if abs(right) >= 1 and abs(right) > abs(down): return "left of" if right < 0 else "right of"
     if abs(down) >= 1 and abs(down) > abs(right): return "above" if down < 0 else "below"
     return None
@@ -385,7 +386,7 @@ def _swap(scene, rng):
     new = {a: replace(a, row=b.row, column=b.column), b: replace(b, row=a.row, column=a.column)}
     return substitute(scene, new), text, text
 
-
+# %% ../nbs/02_shapes.ipynb #3b756120
 def _add(scene, rng):
     thing = random_object(scene.objects, rng) if len(scene.objects) < 4 else None
     if thing is None: return None
@@ -400,7 +401,7 @@ def _remove(scene, rng):
     text, inverse = f"remove the {thing.name}", f"add a {thing.size} {thing.name} in the {place(thing)}"
     return replace(scene, objects=rest), text, inverse
 
-# %% ../nbs/02_shapes.ipynb #3b756120
+# %% ../nbs/02_shapes.ipynb #16df2454
 _EDITORS = {"recolour": _recolour, "move": _move, "swap": _swap, "add": _add, "remove": _remove}
 EDITS = tuple(_EDITORS)
 
@@ -419,7 +420,7 @@ def edit(
         if found and split_of(found[0]) == split: return found
     return None
 
-# %% ../nbs/02_shapes.ipynb #d53e9c88
+# %% ../nbs/02_shapes.ipynb #75af2ba3
 def _false_forms(scene, rng):
     phrase = lambda thing: f"a {thing.size} {thing.name}"
     told = lambda new: listed([phrase(new.get(thing, thing)) for thing in scene.objects])
@@ -448,7 +449,7 @@ def false_captions(
     "Hard negatives of SugarCrepe's kinds: one thing replaced, swapped or added, everything else kept."
     return list(_false_forms(scene, rng))
 
-# %% ../nbs/02_shapes.ipynb #8f787a24
+# %% ../nbs/02_shapes.ipynb #805b5b2e
 def scene_pairs(
     scene:Scene,
     rng:random.Random,

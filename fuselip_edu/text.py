@@ -32,9 +32,7 @@ class BPE:
     "A small byte-level byte-pair encoding: `pad` 0, `sot` 1, `eot` 2, then bytes and merges."
     name, pad, sot, eot = "bpe", 0, 1, 2
 
-    def __init__(self,
-        tokenizer # a `tokenizers.Tokenizer`
-    ):
+    def __init__(self, tokenizer): # a `tokenizers.Tokenizer`
         self.tokenizer = tokenizer
         self.tokenizer.encode_special_tokens = True  # a literal "<eot>" in a caption is text
 
@@ -66,7 +64,8 @@ class BPE:
         path = Path(folder) / "tokenizer.json"
         if not path.exists(): raise FileNotFoundError(f"no text tokenizer at {str(path)!r}; was the model saved with save_pretrained?")
         try: return cls(Tokenizer.from_file(str(path)))
-        except Exception as error: raise ValueError(f"{str(path)!r} is not a text tokenizer ({error}); save or copy it again") from None  # the library raises no narrower type
+        except Exception as error:  # the library raises no narrower type
+            raise ValueError(f"{str(path)!r} is not a text tokenizer ({error}); save or copy it again") from None
 
 # %% ../nbs/06_text.ipynb #5ce19a37
 class CLIPBPE:

@@ -43,7 +43,8 @@ class Vocab:
         return ids if len(ids) <= self.context else ids[:self.context - 1] + [self.eot]
 
 # %% ../nbs/07_vocab.ipynb #44e42e0e
-TOKEN_COLOURS = {"image code": "#7fb0d9", "<sot>": "#6cc08b", "text": "#f6d37a", "<eot>": "#e8746a", "[MASK]": "#333333", "padding": "#efefef"}
+TOKEN_COLOURS = {"image code": "#7fb0d9", "<sot>": "#6cc08b", "text": "#f6d37a", "<eot>": "#e8746a",
+                 "[MASK]": "#333333", "padding": "#efefef"}
 
 
 def kind_of(
@@ -54,7 +55,7 @@ def kind_of(
     if id >= vocab.first_code: return "image code"
     return {vocab.mask: "[MASK]", vocab.sot: "<sot>", vocab.eot: "<eot>"}.get(id, "text")
 
-
+# %% ../nbs/07_vocab.ipynb #f87aa139
 def show_sequences(
     sequences, # list of lists of ids, without padding
     vocab:Vocab,
@@ -83,7 +84,7 @@ def show_sequences(
     plt.close(figure)  # a notebook shows the returned figure once
     return figure
 
-# %% ../nbs/07_vocab.ipynb #0d240cdc
+# %% ../nbs/07_vocab.ipynb #9c8a6228
 def pad_sequences(
     sequences, # list of lists of ids
     pad:int=0
@@ -94,7 +95,7 @@ def pad_sequences(
     for row, sequence in zip(ids, sequences): row[:len(sequence)] = torch.as_tensor(sequence)
     return ids, lengths
 
-# %% ../nbs/07_vocab.ipynb #e846c82c
+# %% ../nbs/07_vocab.ipynb #45825613
 class ItemTokenizer:
     "Items in, sequences of one vocabulary out."
     def __init__(self,
@@ -131,6 +132,6 @@ class ItemTokenizer:
             if len(found) + len(text_ids) + 2 > self.vocab.context and not self.warned:
                 self.warned = True
                 warnings.warn(f"a text of {len(text_ids)} tokens does not fit the context of {self.vocab.context} "
-                              f"and was cut: {item.text[:60]!r}…; further cuts are not reported", stacklevel=2)
+                              f"and was cut; it begins {item.text[:60]!r}; further cuts are not reported", stacklevel=2)
             sequences.append(self.vocab.sequence(found, text_ids))
         return sequences

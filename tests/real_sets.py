@@ -62,7 +62,7 @@ def command(*words): subprocess.run([sys.executable, "-m", "fuselip_edu", *map(s
 
 def learn(train_csv, test_csv, folder, tokenizer_steps, steps, batch_size=128):
     "Tokenizer (the shipped one if `tokenizer_steps` is 0), model, evaluation; the commands of the README."
-    tokenizer = ROOT / "data" / "tiny"
+    tokenizer = "tiny"
     if tokenizer_steps:
         tokenizer = folder / "tokenizer"
         command("train-tokenizer", "--data", f"csv:{train_csv}", "--run", tokenizer, "--train.steps", tokenizer_steps, "--train.free-steps", tokenizer_steps // 4)

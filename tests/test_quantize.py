@@ -164,7 +164,7 @@ def test_the_original(golden, name):
     codes, indices, loss = quantizer(z)
     assert torch.equal(indices, data["io.indices"][:, 0])
     assert (codes - data["io.z_quantized"][:, :, 0].mT).abs().max() < 1e-4
-    assert (quantizer.decode(indices) - data["io.z_from_codes"].squeeze().reshape(codes.mT.shape).mT).abs().max() < 1e-4
+    if "io.z_from_codes" in data: assert (quantizer.decode(indices) - data["io.z_from_codes"][:, :, 0].mT).abs().max() < 1e-4
     assert loss.item() == pytest.approx(data["io.quantizer_loss"].item(), rel=1e-4)
     assert loss.item() == pytest.approx((data["io.commitment_loss"] + data["io.codebook_loss"]).item(), rel=1e-4)
     assert data["io.commitment_loss"].item() == pytest.approx(0.25 * data["io.codebook_loss"].item(), rel=1e-4)

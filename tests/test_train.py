@@ -12,8 +12,8 @@ from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
 from fuselip_edu.sources import ShapesSource, source_groups
 from fuselip_edu.batches import tokenize_pairs
 from fuselip_edu.text import BPE
-from fuselip_edu.titok import TiTok
-from fuselip_edu.train import TINY_TOKENIZER, TrainConfig, backward, learning_rate, load_checkpoint, make_batch, parameter_groups, save_checkpoint, train
+from fuselip_edu.titok import TINY_TOKENIZER, TiTok
+from fuselip_edu.train import TrainConfig, backward, learning_rate, load_checkpoint, make_batch, parameter_groups, save_checkpoint, train
 
 
 def small_model(seed=0, width=32):
