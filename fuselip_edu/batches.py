@@ -21,7 +21,7 @@ def grouped_batches(
     rank:int=0, # this process
     world:int=1 # number of processes
 ) -> list: # of lists of `batch_size` indices
-    "One epoch's batches of one process: permute the groups, stride by rank, fill batches in order (paper, appendix)."
+    "One epoch's batches of one process: permute the groups, stride by rank, fill batches in order, as the paper's implementation does."
     if not 0 <= rank < world: raise ValueError(f"there is no rank {rank} among {world} processes; ranks count from 0 to {world - 1}")
     total = sum(map(len, groups))
     count = total // world // batch_size

@@ -65,6 +65,7 @@ def demo_command(rest):
 
 
 def train_command(rest):
+    from fuselip_edu.core import write_json
     from fuselip_edu.train import Config, build, open_run, preset, train
     name, rest = take(rest, "--preset", "tiny")
     run, rest = take(rest, "--run", "runs/train")
@@ -72,8 +73,9 @@ def train_command(rest):
     config = arguments(Config, [word for word in rest if word != "--resume"], "train", preset(name))
     settings = asdict(config)
     show_settings(settings)
-    model, pairs = build(config)
     folder = open_run(run, settings, resume)
+    model, pairs = build(config)
+    write_json(folder / "config.json", settings)
     train(model, pairs, config.train, folder, resume)
     model.save_pretrained(folder / "model")
     print(f"model: {folder / 'model'}")
@@ -151,17 +153,19 @@ def train_tokenizer_command(rest):
     name, rest = take(rest, "--preset", "tiny")
     preset(name)
     asked = arguments(TrainTokenizer, rest, "train-tokenizer")
+    folder = open_run(asked.run, asdict(asked))
     show_settings(asdict(asked))
     seed_everything(asked.train.seed)
     images = source_images(open_source(asked.data, asked.scenes, asked.train.seed + 7, asked.model.image_size), asked.images, asked.model.image_size)
     sample = images[:4000].float() / 255
     config = replace(asked.model, pixel_mean=round(float(sample.mean()), 4), pixel_std=round(float(sample.std()), 4))
-    folder, tokenizer = open_run(asked.run, asdict(asked)), TiTok(config)
+    tokenizer = TiTok(config)
+    write_json(folder / "config.json", asdict(asked))
     rows = train_tokenizer(tokenizer, images, asked.train, watch=lambda row: print(row, file=sys.stderr, flush=True))
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "metrics.json", rows)
     if asked.export: tokenizer.save_pretrained(asked.export, torch.float16)
-    print(f"tokenizer: {asked.export or folder}")
+    print(f"tokenizer: {asked.export or folder / 'tokenizer'}")
 
 # %% ../nbs/26_cli.ipynb #d20eefc5
 def show_settings(settings, prefix=""):

@@ -93,18 +93,18 @@ def save_figures(
     scenes = [scene_at(index, 1, "test") for index in range(12)]
     images = torch.stack([render(scene, size) for scene in scenes])
     texts = [captions(scene, random.Random(0))[0] for scene in scenes]
-    queries = [query for name in ("tgit", "vqa", "position", "retrieval") for query in random.Random(0).sample(tasks[name], 30)]
-    scores = score_queries(model, queries)
-    right = [i for i, score in enumerate(scores) if score[0] > score[1:].max()]
-    wrong = [i for i in range(len(scores)) if i not in right]
-    pick = lambda rows: sorted(random.Random(0).sample(rows, min(8, len(rows))))
+    examples = {"right": [], "wrong": []}  # two of each from every task
+    for name in ("tgit", "vqa", "region_crop", "position", "retrieval"):
+        queries = random.Random(0).sample(tasks[name], min(40, len(tasks[name])))
+        scored = list(zip(queries, score_queries(model, queries)))
+        examples["right"] += [(query, score) for query, score in scored if score[0] > score[1:].max()][:2]
+        examples["wrong"] += [(query, score) for query, score in scored if score[0] <= score[1:].max()][:2]
     drawn = {"accuracy": (accuracy_figure(results), "Accuracy by task, with 95 % intervals; the red line is chance."),
              "loss": (loss_figure(rows), "The contrastive and the masked loss."),
              "reconstructions": (reconstruction_figure(model.image_tokenizer, images), "Test scenes (above) and what the image tokenizer keeps of them (below)."),
              "similarity": (similarity_figure(model, [Item(image) for image in images], texts), "Images against captions of test scenes.")}
-    for name, chosen in (("right", pick(right)), ("wrong", pick(wrong))):
-        if chosen: drawn[f"ranked_{name}"] = (show_rankings([queries[i] for i in chosen], [scores[i] for i in chosen]),
-                                              f"Queries that the model gets {name}: the query, then candidates from best to worst.")
+    for name, chosen in examples.items():
+        if chosen: drawn[f"ranked_{name}"] = show_rankings(*zip(*chosen)), f"Queries that the model gets {name}: the query, then candidates from best to worst."
     for name, (figure, _) in drawn.items():
         with atomic_path(folder / f"{name}.png") as path: figure.savefig(path, dpi=110, format="png")
     return [(folder / f"{name}.png", caption) for name, (_, caption) in drawn.items()]
@@ -164,6 +164,7 @@ def demo(
         results = json.loads(finished.read_text())
     else:
         model, pairs = build(config)
+        write_json(run / "config.json", dataclasses.asdict(config))
         rows = train(model, pairs, config.train, run, resume=there)
         model.save_pretrained(run / "model")
         tasks = shapes_tasks(n, config.train.seed, model.image_tokenizer.config.image_size)

@@ -69,7 +69,7 @@ def show_rankings(
     for row, query, score in zip(axes, queries, scores):
         for axis in row: axis.set(xticks=[], yticks=[], frame_on=False)
         draw_item(row[0], query.item)
-        row[0].set_ylabel(query.kind, fontsize=8)
+        row[0].set_title(query.kind, fontsize=8, color="grey")
         for axis, index in zip(row[1:], score.argsort(descending=True)[:best].tolist()):
             draw_item(axis, as_prompts(query.candidates[index])[0])
             axis.set_title(f"{score[index]:.2f}" + ("  right" if index == 0 else ""), fontsize=8, color="green" if index == 0 else "black")
@@ -83,9 +83,9 @@ def show_rankings(
 
 def draw_item(axis, item): # an `Item` on matplotlib axes: its image, with its text below or in its place
     import textwrap
-    text = "\n".join(textwrap.wrap(item.text or "", 22))
+    text = "\n".join(textwrap.wrap(item.text or "", 18))
     if item.image is None:
-        axis.set(xlim=(0, 1), ylim=(0, 1))
+        axis.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
         axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
     else:
         axis.imshow(load_image(item.image).permute(1, 2, 0), interpolation="nearest")

@@ -26,7 +26,7 @@ def mask_tokens(
     hidden = (draw < probability) & real & (ids != vocab.eot) & (ids != vocab.mask)
     return ids.masked_fill(hidden, vocab.mask), ids.masked_fill(~hidden, -100)
 
-# %% ../nbs/10_masking.ipynb #5ab3febb
+# %% ../nbs/10_masking.ipynb #9bf8cdc7
 def masked_loss(
     logits:torch.Tensor, # (m, n_vocab), at masked positions only
     targets:torch.Tensor # (m,), the ids that were hidden

@@ -159,27 +159,28 @@ class TiTok(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder:str|Path):
-        "The tokenizer that `save_pretrained` wrote, frozen; `FileNotFoundError` or `ValueError` if there is none."
-        path = Path(folder) / "config.json"
+        "The tokenizer that `save_pretrained` wrote, frozen; `folder` may be a run's. `FileNotFoundError` or `ValueError` if there is none."
+        folder = Path(folder) / "tokenizer" if (Path(folder) / "tokenizer").is_dir() else Path(folder)
+        path = folder / "config.json"
         if not path.exists(): raise FileNotFoundError(f"no tokenizer in {str(folder)!r}: config.json is missing; train one with `fuselip-edu train-tokenizer`")
         config = json.loads(path.read_text())
         if config.pop("model", None) != "titok": raise ValueError(f"{str(path)!r} does not describe a TiTok tokenizer; give a folder written by train-tokenizer")
         tokenizer = cls(TiTokConfig(**config))
-        load_weights(tokenizer, Path(folder) / "model.safetensors")
+        load_weights(tokenizer, folder / "model.safetensors")
         return tokenizer.requires_grad_(False).eval()
 
 # %% ../nbs/05_titok.ipynb #0f3e28ad
 @dataclass
 class TokenizerTrainConfig:
     "The one-stage recipe: learn without a quantiser, draw the codebook from the encoder's outputs, go on with it."
-    steps: int = 8000  # in all
+    steps: int = 7000  # in all
     free_steps: int = 1000  # of them without a quantiser
     batch_size: int = 32  # images
     lr: float = 1e-3  # peak; held for 60 % of the steps, then half a cosine
     warmup_steps: int = 100
     reset_every: int = 50  # steps between replacements of dead codes
     reset_until: float = 0.8  # share of the steps after which codes are left alone
-    permute_colours: float = 0.7  # share of images whose red, green and blue change places once the codebook is in, so that codes do not tie colours to shapes
+    permute_colours: float = 0.3  # share of images whose red, green and blue change places, so that codes tie colours to shapes less
     seed: int = 0
     log_every: int = 100  # steps
 
@@ -211,9 +212,8 @@ def train_tokenizer(
         decay = 1.0 if step < hold else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - hold) / (config.steps - hold)))
         for group in optimizer.param_groups: group["lr"] = config.lr * min(1.0, (step + 1) / config.warmup_steps) * decay
         pixels = images[torch.randint(len(images), (config.batch_size,), generator=generator)].float() / 255
-        quantized = step >= config.free_steps
-        if quantized: pixels = permute_colours(pixels, config.permute_colours, generator)
-        z = tokenizer.latents(pixels)
+        pixels = permute_colours(pixels, config.permute_colours, generator)
+        z, quantized = tokenizer.latents(pixels), step >= config.free_steps
         recent = recent[-63:] + [z.detach().flatten(0, 1)]
         if step == config.free_steps: tokenizer.quantize.fill_from(torch.cat(recent), generator)
         elif quantized and step % config.reset_every == 0 and step < config.reset_until * config.steps:

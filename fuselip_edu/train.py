@@ -28,7 +28,7 @@ from .titok import TINY_TOKENIZER, TiTok
 @dataclass
 class TrainConfig:
     "How to train; the defaults are the `tiny` preset's."
-    steps: int = 2600  # optimiser steps
+    steps: int = 2900  # optimiser steps
     seconds: float = 0.0  # stop after this long if it comes first; 0 means no limit. A run cut by the clock is not reproducible
     batch_size: int = 128  # pairs a step; all are negatives of each other
     accumulation: int = 1  # parts a batch is split into to save memory; every pair still meets every other
@@ -59,7 +59,7 @@ def learning_rate(
     warmup:int, # steps
     total:float # steps; the rate is 0 there
 ) -> float:
-    "Linear warm-up, then half a cosine (paper, appendix)."
+    "Linear warm-up, then half a cosine down to 0, as in the paper."
     if step < warmup: return base * (step + 1) / warmup
     return base * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
@@ -305,7 +305,7 @@ def train(
             if stop: break
     log.close()
     if interrupted:
-        print(f"stopped after {done} steps; the same command with --resume continues", file=sys.stderr)
+        print(f"stopped after {done} steps; its checkpoint is kept, and resuming goes on from there", file=sys.stderr)
         raise KeyboardInterrupt
     model.eval()
     return log.rows
@@ -315,8 +315,8 @@ def train(
 class Config:
     "All that decides a run; the defaults are the `tiny` preset."
     data: str = "shapes"  # or csv:PATH
-    scenes: int = 6000  # of shapes
-    tgit: int = 2  # transformations of each scene, of shapes
+    scenes: int = 5000  # of shapes
+    tgit: int = 3  # transformations of each scene, of shapes
     tokenizer: str = "tiny"  # the image tokenizer that ships, or a folder
     text_vocab: int = 512  # ids of the text tokenizer trained on the data's texts
     encoder: FuseLIPConfig = field(default_factory=FuseLIPConfig)
@@ -351,7 +351,7 @@ def open_run(
     config:dict, # the resolved configuration
     resume:bool=False
 ) -> Path:
-    "The run's folder with its config.json; a folder that holds another run is left alone."
+    "Check before any work that the folder is free, or holds this very run and may be resumed; writes nothing."
     run = Path(run)
     path = run / "config.json"
     if path.exists():
@@ -361,7 +361,6 @@ def open_run(
         if not resume: raise ValueError(f"{str(run)!r} already holds this run; add --resume to continue it, or give another --run")
     elif run.is_dir() and any(run.iterdir()): raise ValueError(f"{str(run)!r} is not empty and holds no run; give another --run")
     elif resume: raise FileNotFoundError(f"nothing to resume: there is no run in {str(run)!r}")
-    else: write_json(path, config)
     return run
 
 

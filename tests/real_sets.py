@@ -80,7 +80,7 @@ def main():
     for make in (emoji4, grocery):
         with tempfile.TemporaryDirectory() as name:
             folder, started = Path(name), time.monotonic()
-            tasks = learn(*make(data, folder), folder, tokenizer_steps=2000, steps=1200)
+            tasks = learn(*make(data, folder), folder, tokenizer_steps=1500, steps=800)
             results["sets"][make.__name__] = {"tasks": tasks, "seconds": round(time.monotonic() - started)}
     (ROOT / "data" / "results" / "real.json").write_text(json.dumps(results, indent=2) + "\n")
 

@@ -141,6 +141,42 @@ def test_sides_that_are_not_pairs_are_refused(shapes):
     with pytest.raises(ValueError, match=r"both be \(b, d\)"): softmax_loss(left, right, 10.0)
 
 
+# ---- twins: combinations that are no negatives
+
+def twins_of(*pairs, b=7):
+    same = torch.zeros(b, b, dtype=torch.bool)
+    for i, j in pairs: same[i, j] = same[j, i] = True
+    return same
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+def test_twins_are_left_out_of_the_sigmoid_loss(chunk):
+    left, right, same = unit(7, 5), unit(7, 5, seed=1), twins_of((0, 4), (2, 3))
+    value, gradients = value_and_gradients(sigmoid_loss, left, right, 10.0, -3.0, chunk=chunk, same=same)
+    logits = 10.0 * left @ right.T - 3.0
+    expected = sum(-F.logsigmoid(logits[i, j] if i == j else -logits[i, j]) for i in range(7) for j in range(7) if not same[i, j]) / 7
+    torch.testing.assert_close(value, expected)
+    push = 10.0 / 7 * (logits.sigmoid() - torch.eye(7)).masked_fill(same, 0.0)
+    torch.testing.assert_close(gradients[0], push @ right)
+
+
+def test_twins_are_left_out_of_the_softmax_loss():
+    left, right, same = unit(7, 5), unit(7, 5, seed=1), twins_of((0, 4), (2, 3))
+    value, gradients = value_and_gradients(softmax_loss, left, right, 10.0, same=same)
+    logits, total = 10.0 * left @ right.T, 0.0
+    for i in range(7):
+        others = [j for j in range(7) if not same[i, j]]
+        total += logits[i, others].logsumexp(0) + logits[others, i].logsumexp(0) - 2 * logits[i, i]
+    torch.testing.assert_close(value, total / 14)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_no_twins_change_nothing():
+    left, right = unit(7, 5), unit(7, 5, seed=1)
+    assert sigmoid_loss(left, right, 10.0, -3.0, same=twins_of()) == sigmoid_loss(left, right, 10.0, -3.0)
+    assert softmax_loss(left, right, 10.0, twins_of()) == softmax_loss(left, right, 10.0)
+
+
 # ---- half precision and extreme numbers
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,71 @@
+"What holds for the book as a whole: imports point to lower chapters, every chapter reads as STYLE asks, README's numbers come from results files."
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
+            "sources", "batches", "train", "evaluate", "demo", "cli"]
+
+
+def notebooks(root): return sorted(path for path in (root / "nbs").glob("[0-9]*.ipynb"))
+
+
+def test_every_chapter_has_its_module(root):
+    assert [re.sub(r"^\d+_", "", path.stem) for path in notebooks(root)] == CHAPTERS
+    assert {path.stem for path in (root / "fuselip_edu").glob("[a-z]*.py")} == set(CHAPTERS)
+
+
+def test_imports_point_to_lower_chapters(root):
+    for number, name in enumerate(CHAPTERS):
+        for node in ast.walk(ast.parse((root / "fuselip_edu" / f"{name}.py").read_text())):
+            found = []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fuselip_edu"):
+                found = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
+            for other in found: assert CHAPTERS.index(other) < number, f"{name} imports {other}"
+
+
+def test_chapters_open_and_close_as_they_should(root):
+    for path in notebooks(root):
+        cells = json.loads(path.read_text())["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        assert re.match(r"# .+\n\n> .+", "".join(cells[0]["source"])), path.name
+        for heading in ("What we learned", "Try it"): assert f"## {heading}" in text, f"{path.name} has no {heading}"
+        code = [cell for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
+        assert any(cell["outputs"] for cell in code), f"{path.name} is committed without outputs"
+        for cell in code:
+            assert len("".join(cell["source"]).splitlines()) <= 45, f"{path.name}: a long cell"
+            assert not any(output["output_type"] == "error" for output in cell["outputs"]), path.name
+        assert path.stat().st_size < 1.5e6, path.name
+
+
+def test_public_names_can_be_imported(root):
+    code = "import fuselip_edu; [getattr(fuselip_edu, name) for name in fuselip_edu.__all__]; from fuselip_edu import FuseLIP, TiTok"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_importing_the_package_and_asking_for_help_are_light(root):
+    heavy = "{'torch', 'torchvision', 'open_clip', 'datasets', 'matplotlib', 'tokenizers', 'tyro'}"
+    for work in ("import fuselip_edu", "import fuselip_edu.cli; fuselip_edu.cli.main(['--help'])"):
+        subprocess.run([sys.executable, "-c", f"import sys; {work}; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"],
+                       check=True, cwd=root, stdout=subprocess.DEVNULL)
+
+
+def numbers_of(tasks):
+    for row in tasks.values():
+        for value in (row["accuracy"], *row["ci95"], row["chance"]): yield f"{100 * value:.1f}"
+
+
+@pytest.mark.parametrize("name", ["demo", "real"])
+def test_numbers_of_the_readme_come_from_results(name, root):
+    found = json.loads((root / "data" / "results" / f"{name}.json").read_text())
+    sets = [found["tasks"]] if name == "demo" else [row["tasks"] for row in found["sets"].values()]
+    readme = (root / "README.md").read_text()
+    rows = [line for line in readme.splitlines() if re.match(r"\| .*\d+\.\d – \d+\.\d", line)]
+    known = {number for other in ("demo", "real") for found in [json.loads((root / "data" / "results" / f"{other}.json").read_text())]
+             for tasks in ([found["tasks"]] if other == "demo" else [row["tasks"] for row in found["sets"].values()]) for number in numbers_of(tasks)}
+    assert rows and all(number in known for line in rows for number in re.findall(r"-?\d+\.\d", line))
+    assert all(number in readme for tasks in sets for number in numbers_of(tasks))
