@@ -61,7 +61,8 @@ def readme_text():
     for cell in nbformat.read(NOTEBOOKS / "index.ipynb", 4).cells:
         if cell.cell_type == "markdown": parts.append(cell.source)
         elif "#| hide" not in cell.source:
-            if "#| echo: false" not in cell.source: parts.append(f"```python\n{cell.source}\n```")
+            code = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
+            if "#| echo: false" not in cell.source: parts.append(f"```python\n{code}\n```")
             for output in cell.outputs:
                 data = output.get("data", {})
                 if "text/markdown" in data: parts.append(data["text/markdown"])

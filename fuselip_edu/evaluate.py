@@ -65,7 +65,7 @@ def show_rankings(
     "A row a query: the query, then its candidates from best to worst, the right one in green."
     import matplotlib.pyplot as plt
     best = min(best, max(map(len, scores)))
-    figure, axes = plt.subplots(len(queries), best + 1, squeeze=False, figsize=((best + 1) * scale, len(queries) * scale * 1.25))
+    figure, axes = plt.subplots(len(queries), best + 1, squeeze=False, figsize=((best + 1) * scale, len(queries) * scale * 1.5))
     for row, query, score in zip(axes, queries, scores):
         for axis in row: axis.set(xticks=[], yticks=[], frame_on=False)
         draw_item(row[0], query.item)
