@@ -196,6 +196,3 @@ def main(
         print(f"fuselip-edu: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
-
-# %% ../nbs/26_cli.ipynb #b8850657
-if __name__ == "__main__" and "ipykernel" not in sys.modules: sys.exit(main())
