@@ -253,6 +253,7 @@ def shapes_tasks(
     names=tuple(_TASKS) # which tasks
 ) -> dict: # {name: list of `Query`}
     "The paper's nine columns and hard false captions, on scenes that training never shows."
+    if n < 20: raise ValueError(f"{n} test scenes are too few to draw wrong candidates from; give at least 20")
     test = [shapes.scene_at(i, seed, "test") for i in range(n)]
     scenes = [(scene, shapes.render(scene, size)) for scene in test]
     return {name: _TASKS[name](scenes, random.Random(f"{seed}/{name}"), size) for name in names}

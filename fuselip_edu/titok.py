@@ -184,7 +184,7 @@ class TokenizerTrainConfig:
     seed: int = 0
     log_every: int = 100  # steps
 
-
+# %% ../nbs/05_titok.ipynb #f5ffc363
 def permute_colours(
     pixels:torch.Tensor, # (b, 3, s, s)
     share:float, # of images changed
@@ -195,7 +195,7 @@ def permute_colours(
     orders[torch.rand(len(pixels), generator=generator) >= share] = torch.arange(3)
     return pixels[torch.arange(len(pixels))[:, None], orders]
 
-
+# %% ../nbs/05_titok.ipynb #18fabb65
 def train_tokenizer(
     tokenizer:TiTok,
     images:torch.Tensor, # (n, 3, s, s), uint8
@@ -234,5 +234,5 @@ def train_tokenizer(
     tokenizer.requires_grad_(False).eval()
     return rows
 
-# %% ../nbs/05_titok.ipynb #6dbc892a
+# %% ../nbs/05_titok.ipynb #92391db2
 TINY_TOKENIZER = Path(fuselip_edu.__file__).resolve().parent.parent / "data" / "tiny"  # in a checkout, or an editable install of it

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TrainConfig', 'learning_rate', 'parameter_groups', 'Batch', 'twins', 'make_batch', 'contrastive_loss',
            'masked_losses', 'loss_values', 'backward', 'save_checkpoint', 'load_checkpoint', 'RunLog',
-           'deferred_interrupt', 'train', 'Config', 'preset', 'build', 'open_run', 'differences']
+           'deferred_interrupt', 'update', 'train', 'Config', 'preset', 'build', 'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
 import contextlib, dataclasses, hashlib, itertools, json, math, signal, sys, threading, time
@@ -35,20 +35,22 @@ class TrainConfig:
     lr: float = 2e-3  # peak learning rate; the paper: 1e-3
     warmup_steps: int = 200  # linear warm-up
     weight_decay: float = 0.1  # of matrices; vectors and scalars have none
-    beta1: float = 0.9
-    beta2: float = 0.98
+    beta1: float = 0.9  # AdamW's decay of the mean gradient
+    beta2: float = 0.98  # and of its mean square
     grad_norm: float = 1.0  # gradients are clipped to this norm
     loss: str = "sigmoid"  # or "softmax"
     skip_twins: bool = True  # an item that is twice in a batch is no negative of itself; the paper: False
     mask_probability: float = 0.02  # share of tokens hidden; the paper: 0.1
     mask_weight: float = 0.25  # of the masked loss in the total
-    seed: int = 0
-    device: str = "auto"
+    seed: int = 0  # of scenes, weights, order and masks
+    device: str = "auto"  # or cpu, cuda, cuda:1, mps
     log_every: int = 10  # steps a line of metrics.jsonl
     checkpoint_every: int = 500  # steps
     keep: int = 2  # checkpoints kept
 
     def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1: raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
         if self.loss not in ("sigmoid", "softmax"): raise ValueError(f"train.loss must be 'sigmoid' or 'softmax', not {self.loss!r}")
         if self.batch_size % self.accumulation: raise ValueError(f"train.batch_size {self.batch_size} cannot be split into {self.accumulation} equal parts; choose an accumulation that divides it")
 
@@ -133,7 +135,7 @@ def masked_losses(encoded, b, counts=None): # mean cross-entropy of the left sid
         total = total + (loss if counts is None else loss * here.sum() / max(counts[side], 1))
     return total
 
-
+# %% ../nbs/16_train.ipynb #7e57ea23
 def loss_values(contrastive, masked, config): # tensors -> floats, with their total
     values = {"contrastive": float(contrastive.detach()), "masked": float(masked.detach())}
     return {"loss": values["contrastive"] + config.mask_weight * values["masked"], **values}
@@ -165,7 +167,7 @@ def backward(
         masked += loss.detach()
     return loss_values(contrastive, masked, config)
 
-# %% ../nbs/16_train.ipynb #2756cc76
+# %% ../nbs/16_train.ipynb #e8beaeba
 def save_checkpoint(
     folder:Path, # the run's checkpoints/
     model:FuseLIP,
@@ -184,13 +186,13 @@ def save_checkpoint(
         old.with_suffix(".json").unlink(missing_ok=True)
         old.unlink()
 
-
+# %% ../nbs/16_train.ipynb #4580a6e7
 def load_checkpoint(
     folder:Path,
     model:FuseLIP,
     optimizer:torch.optim.Optimizer
 ) -> int: # steps done; 0 if there is no checkpoint
-    "The newest checkpoint that is whole; a damaged one is named aloud and passed over."
+    "The newest checkpoint that is whole; a damaged one is named aloud and passed over; `ValueError` if all are."
     from safetensors.torch import load_file
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         note = path.with_suffix(".json")
@@ -211,9 +213,10 @@ def load_checkpoint(
                 saved["state"].setdefault(int(index), {})[key] = value
         optimizer.load_state_dict(saved)
         return step
+    if any(folder.glob("step-*.safetensors")): raise ValueError(f"every checkpoint in {str(folder)!r} is damaged; remove them to start the run anew")
     return 0
 
-# %% ../nbs/16_train.ipynb #5e672159
+# %% ../nbs/16_train.ipynb #3bdef232
 class RunLog:
     "metrics.jsonl, and a line of progress with pairs a second and time left."
     def __init__(self, run, first, config):
@@ -226,9 +229,9 @@ class RunLog:
 
     def elapsed(self): return time.monotonic() - self.started
 
-    def step(self, done, values): # after every step
+    def step(self, done, values, last=False): # after every step; the last one is always kept
         config = self.config
-        if done % config.log_every and done != config.steps: return
+        if done % config.log_every and done != config.steps and not last: return
         row = {"step": done, "pairs": done * config.batch_size, **values}
         self.rows.append(row)
         if self.path:
@@ -248,7 +251,7 @@ class RunLog:
     def close(self):
         if sys.stderr.isatty(): print(file=sys.stderr)
 
-# %% ../nbs/16_train.ipynb #3bdef232
+# %% ../nbs/16_train.ipynb #1d12d2dc
 @contextlib.contextmanager
 def deferred_interrupt():
     "Yield a list that Ctrl-C fills instead of breaking in halfway; a second Ctrl-C breaks in."
@@ -263,7 +266,21 @@ def deferred_interrupt():
     try: yield pressed
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/16_train.ipynb #1d12d2dc
+# %% ../nbs/16_train.ipynb #25313cdd
+def update(
+    model:FuseLIP, # with gradients
+    optimizer:torch.optim.Optimizer,
+    lr:float,
+    grad_norm:float # gradients are clipped to this norm
+) -> float: # their norm before
+    "One optimiser step."
+    for group in optimizer.param_groups: group["lr"] = lr
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_norm)
+    optimizer.step()
+    with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
+    return float(norm)
+
+# %% ../nbs/16_train.ipynb #67cafc2a
 def train(
     model:FuseLIP,
     pairs:TokenPairs,
@@ -272,7 +289,7 @@ def train(
     resume:bool=False, # continue from the newest checkpoint in `run`
     watch=None # called as watch(step, model) after every logged step
 ) -> list: # of dicts, one a logged step: step, pairs, loss, contrastive, masked, lr, scale, bias, grad_norm
-    "Train on pairs of token sequences; Ctrl-C leaves a checkpoint."
+    "Train on pairs of token sequences; with a run folder, Ctrl-C leaves a checkpoint."
     model.to(pick_device(config.device)).train()
     if len(pairs) < config.batch_size: raise ValueError(f"{len(pairs)} pairs do not fill one batch of {config.batch_size}; give more data or a smaller --train.batch-size")
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
@@ -287,30 +304,27 @@ def train(
             batch = make_batch(pairs, batches[step % per_epoch], model, config, step)
             lr = learning_rate(step, config.lr, config.warmup_steps, config.steps)
             if config.seconds: lr = min(lr, learning_rate(int(1000 * log.elapsed() / config.seconds), config.lr, 1, 1000))
-            for group in optimizer.param_groups: group["lr"] = lr
             optimizer.zero_grad()
             losses = backward(model, batch, config)
             if not math.isfinite(losses["loss"]):
                 raise FloatingPointError(f"the loss became {losses['loss']} at step {step}, pairs {batches[step % per_epoch][:8]}…; lower --train.lr")
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
-            optimizer.step()
-            with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
-            done = step + 1
+            norm, done = update(model, optimizer, lr, config.grad_norm), step + 1
+            late = bool(config.seconds) and log.elapsed() > config.seconds
             log.step(done, {**losses, "lr": lr, "scale": float(model.logit_scale.detach().exp()),
-                            "bias": float(model.logit_bias.detach()), "grad_norm": float(norm)})
+                            "bias": float(model.logit_bias.detach()), "grad_norm": norm}, late)
             if watch and done % config.log_every == 0: watch(done, model)
-            stop = bool(interrupted) or (config.seconds and log.elapsed() > config.seconds)
+            stop = bool(interrupted) or late
             if run and (stop or done % config.checkpoint_every == 0 or done == config.steps):
                 save_checkpoint(checkpoints, model, optimizer, done, config.keep)
             if stop: break
     log.close()
     if interrupted:
-        print(f"stopped after {done} steps; its checkpoint is kept, and resuming goes on from there", file=sys.stderr)
+        print(f"stopped after {done} steps" + ("; its checkpoint is kept, and resuming goes on from there" if run else ""), file=sys.stderr)
         raise KeyboardInterrupt
     model.eval()
     return log.rows
 
-# %% ../nbs/16_train.ipynb #1560fb25
+# %% ../nbs/16_train.ipynb #d9d57236
 @dataclass
 class Config:
     "All that decides a run; the defaults are the `tiny` preset."
@@ -333,7 +347,7 @@ def preset(
     if name not in PRESETS: raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], encoder=dataclasses.replace(PRESETS[name].encoder), train=dataclasses.replace(PRESETS[name].train))
 
-# %% ../nbs/16_train.ipynb #79d1906d
+# %% ../nbs/16_train.ipynb #781993a4
 def build(
     config:Config
 ): # (FuseLIP, TokenPairs)
@@ -345,7 +359,7 @@ def build(
     model = FuseLIP(config.encoder, image_tokenizer, BPE.train(texts, config.text_vocab))
     return model, tokenize_pairs(source_groups(source), model.item_tokenizer)
 
-# %% ../nbs/16_train.ipynb #d9d57236
+# %% ../nbs/16_train.ipynb #b02e80c1
 def open_run(
     run:str|Path, # folder
     config:dict, # the resolved configuration

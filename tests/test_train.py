@@ -132,3 +132,21 @@ except OSError as error: print("OSError", error)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=limit, cwd=os.path.dirname(os.path.dirname(__file__)))
     assert done.stdout.startswith("OSError") and "step-00000008" in done.stdout, done.stdout + done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004.json", "step-00000004.safetensors"]
+
+
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path):
+    model = small_model()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
+    save_checkpoint(tmp_path, model, optimizer, 4)
+    (tmp_path / "step-00000004.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="damaged"): load_checkpoint(tmp_path, model, optimizer)
+
+
+def test_a_run_cut_by_the_clock_keeps_its_last_step(pairs):
+    rows = train(small_model(), pairs, settings(steps=100, log_every=50, seconds=0.01))
+    assert len(rows) == 1 and 1 <= rows[0]["step"] < 50
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "log_every", "keep"])
+def test_nonsense_is_refused(name):
+    with pytest.raises(ValueError, match=name): TrainConfig(**{name: 0})
