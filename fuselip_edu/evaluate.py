@@ -149,7 +149,7 @@ def _query(item, right, others, kind=""): # others that equal the right one are 
     others = tuple(other for other in others if other is not right and (isinstance(right, tuple) or not _same(other, right)))
     return [Query(item, (right, *others), kind)] if others else []
 
-
+# %% ../nbs/17_evaluate.ipynb #b4b0035d
 def _name_the_object(scenes, rng, size, labels, wanted): # {name: candidate}; only objects with a wanted name are asked for
     queries = []
     while len(queries) < len(scenes):
@@ -184,7 +184,7 @@ def _retrieval(scenes, rng, size):
             queries += _query(left[i], right[i], [right[j] for j in others], kind)
     return queries
 
-# %% ../nbs/17_evaluate.ipynb #b4b0035d
+# %% ../nbs/17_evaluate.ipynb #207e8d71
 def _crops(scenes): # one list of (thing, Item) a scene
     return [[(thing, Item(shapes.region(image, thing))) for thing in scene.objects] for scene, image in scenes]
 
@@ -227,7 +227,7 @@ def _position(scenes, rng, size):
         queries += _query(Item(image, f"the {a.shape} on the {side}"), target, [other, *rng.sample(strangers, 2)])
     return queries
 
-# %% ../nbs/17_evaluate.ipynb #207e8d71
+# %% ../nbs/17_evaluate.ipynb #d8ec182f
 def _tgit(scenes, rng, size):
     queries = []
     for _, image in scenes:
@@ -258,7 +258,7 @@ def shapes_tasks(
     scenes = [(scene, shapes.render(scene, size)) for scene in test]
     return {name: _TASKS[name](scenes, random.Random(f"{seed}/{name}"), size) for name in names}
 
-# %% ../nbs/17_evaluate.ipynb #158cf8cd
+# %% ../nbs/17_evaluate.ipynb #b63966cf
 def results_table(
     results:dict # from `evaluate`
 ) -> str:
