@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from .core import load_image
-from .pairs import Item
 
 # %% ../nbs/07_vocab.ipynb #c23dbdba
 @dataclass(frozen=True)
