@@ -14,10 +14,12 @@ _HOMES = {
     "contrastive": ("sigmoid_loss", "softmax_loss"),
     "masking": ("mask_tokens", "masked_loss"),
     "transforms": ("transform_pairs",),
-    "sources": ("CSVSource", "ShapesSource"),
-    "batches": ("TokenPairs", "grouped_batches", "tokenize_pairs"),
+    "sources": ("CSVSource", "ShapesSource", "open_source"),
+    "batches": ("MixedSource", "SourcePairs", "TokenPairs", "grouped_batches", "open_data", "tokenize_pairs"),
+    "distributed": ("World", "init_distributed", "sharded_sigmoid_loss"),
     "train": ("Config", "TrainConfig", "preset"),
     "evaluate": ("rank_queries", "results_table", "shapes_tasks"),
+    "baselines": ("LateFusion", "LateFusionConfig", "load_model"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

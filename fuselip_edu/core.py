@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['seed_everything', 'pick_device', 'open_file', 'open_archive', 'has_alpha', 'over_white', 'resize_image', 'read_image',
            'describe', 'load_image', 'show_images', 'atomic_path', 'write_json', 'save_tensors', 'save_weights',
-           'load_weights', 'progress']
+           'read_weights', 'fit_weights', 'load_weights', 'progress']
 
 # %% ../nbs/00_core.ipynb #0dd7d01a
-import contextlib, functools, importlib.util, json, os, random, sys, time, zipfile
+import contextlib, functools, importlib.util, io, json, os, random, sys, time, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +40,13 @@ def pick_device(
 # %% ../nbs/00_core.ipynb #26ed627c
 @contextlib.contextmanager
 def open_file(
-    path:str|Path # of a file, or `archive.zip#member`
+    path:str|Path # of a file, `archive.zip#member` or `archive.tar#member@start+size`
 ):
-    "Open a file, or a member of a ZIP archive, for reading bytes."
+    "Open a file, or a member of an archive, for reading bytes."
     archive, _, member = str(path).partition("#")
     if not member or os.path.exists(path):
         with open(path, "rb") as file: yield file
+    elif ".tar#" in str(path): yield io.BytesIO(_tar_member(str(path)))
     else:
         with open_archive(archive, os.stat(archive).st_mtime_ns).open(member) as file: yield file
 
@@ -53,6 +54,15 @@ def open_file(
 @functools.lru_cache(maxsize=16)
 def open_archive(path, changed): # opening a ZIP reads its whole list of members, so it is done once for each version of the file
     return zipfile.ZipFile(path)
+
+
+def _tar_member(path): # -> bytes
+    archive, _, member = path.rpartition("#")
+    start, plus, size = member.rpartition("@")[2].partition("+")
+    if not (plus and start.isdecimal() and size.isdecimal()): raise ValueError("a tar member is named archive.tar#member@start+size")
+    with open(archive, "rb") as file:
+        file.seek(int(start))
+        return file.read(int(size))
 
 # %% ../nbs/00_core.ipynb #8d0ea3ae
 def has_alpha(
@@ -192,27 +202,49 @@ def save_weights(
     save_tensors({name: stored(value) for name, value in module.state_dict().items()}, path)
 
 # %% ../nbs/00_core.ipynb #d27d427a
-def load_weights(
-    module:torch.nn.Module,
-    path:str|Path # a safetensors file
-):
-    "Load weights that must fit exactly; the error names what does not."
+def read_weights(
+    path:str|Path # a safetensors file, or a `.bin` that `torch.save` wrote
+) -> dict: # {name: tensor}, on the CPU
+    "Read tensors and nothing else: a pickled file that holds any other object is refused."
+    import pickle
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    try: state = load_file(path)
+    torchs = Path(path).suffix == ".bin"
+    try: state = torch.load(path, map_location="cpu", weights_only=True) if torchs else load_file(path)
     except FileNotFoundError: raise FileNotFoundError(f"no weights at {str(path)!r}; check the path") from None
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is not a whole safetensors file ({error}); save or copy it again") from None
-    own, shape = module.state_dict(), lambda tensor: tuple(tensor.shape)
+    except pickle.UnpicklingError: state = None
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} is not a whole {'torch' if torchs else 'safetensors'} file ({str(error).splitlines()[0]}); save or copy it again") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{str(path)!r} holds something other than named tensors; save the model's state dict alone")
+    return state
+
+# %% ../nbs/00_core.ipynb #8b708d3e
+def fit_weights(
+    module:torch.nn.Module,
+    state:dict, # {name: tensor}
+    path:str|Path, # where `state` comes from, for the error
+    name_of=lambda name: name # the name in `state` of a name in the module
+):
+    "Give a module weights that must fit exactly; `ValueError` names what does not."
+    own, shape = {name_of(name): value for name, value in module.state_dict().items()}, lambda tensor: tuple(tensor.shape)
     wrong = [f"{name} is missing" for name in own if name not in state]
     wrong += [f"{name} is not expected" for name in state if name not in own]
     wrong += [f"{name} has shape {shape(state[name])} instead of {shape(own[name])}"
               for name in own if name in state and shape(state[name]) != shape(own[name])]
     if len(wrong) > 3: wrong[3:] = [f"and {len(wrong) - 3} more"]
     if wrong: raise ValueError(f"{str(path)!r} does not fit the model: {'; '.join(wrong)}")
-    module.load_state_dict(state)
+    module.load_state_dict({name: state[name_of(name)] for name in module.state_dict()})
 
-# %% ../nbs/00_core.ipynb #9865f7ff
+
+def load_weights(
+    module:torch.nn.Module,
+    path:str|Path # as for `read_weights`
+):
+    "Load weights that must fit exactly; the error names what does not."
+    fit_weights(module, read_weights(path), path)
+
+# %% ../nbs/00_core.ipynb #bb23da27
 def progress(
     iterable,
     label:str="", # what is being done
@@ -231,7 +263,7 @@ def progress(
             last = time.monotonic()
             print(f"{label}: {count}{f' of {total}' if total else ''} after {last - started:.0f} s", file=sys.stderr, flush=True)
 
-# %% ../nbs/00_core.ipynb #bb23da27
+# %% ../nbs/00_core.ipynb #3f5dc816
 def _declare_missing_torchvision_operators():
     "Let `torchvision` import beside a torch build that its compiled operators were not made for."
     spec = importlib.util.find_spec("torchvision")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'PAPER_COLUMN', 'as_prompts', 'embedder', 'score_queries', 'rank_queries', 'show_rankings', 'draw_item',
-           'summarise', 'wilson', 'evaluate', 'shapes_tasks', 'results_table']
+           'summarise', 'wilson', 'evaluate', 'ranks_of_right', 'recall_at', 'shapes_tasks', 'results_table']
 
 # %% ../nbs/17_evaluate.ipynb #f0fba0ea
 import math, random
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import load_image
-from .fuselip import FuseLIP, embed_sequences
+from .fuselip import FuseLIP
 from .pairs import Item, Query
 from . import shapes, transforms
 
@@ -27,12 +27,10 @@ def embedder(
     items, # every `Item` that will be asked for
     batch_size:int=256
 ): # function from one of the items, or a tuple of them, to its unit vector
-    "Embed what is distinct once; several prompts become the direction of their mean."
+    "Embed each item once; several prompts become the direction of their mean."
     items = list({id(item): item for item in items}.values())
-    sequences = [tuple(sequence) for sequence in model.item_tokenizer(items)]
-    distinct = {sequence: row for row, sequence in enumerate(dict.fromkeys(sequences))}
-    row = {id(item): distinct[sequence] for item, sequence in zip(items, sequences)}
-    embeddings = embed_sequences(model, list(distinct), batch_size)
+    row = {id(item): i for i, item in enumerate(items)}
+    embeddings = model.embed_items(items, batch_size)
     return lambda item: F.normalize(embeddings[[row[id(prompt)] for prompt in as_prompts(item)]].mean(0), dim=0)
 
 
@@ -135,6 +133,33 @@ def evaluate(
     return results
 
 # %% ../nbs/17_evaluate.ipynb #90f1481c
+@torch.no_grad()
+def ranks_of_right(
+    queries:torch.Tensor, # (n, d), unit vectors
+    candidates:torch.Tensor, # (m, d), unit vectors
+    query_labels:torch.Tensor, # (n,)
+    candidate_labels:torch.Tensor, # (m,); a candidate is right for the queries of its label
+    block:int=512 # queries a matrix product
+) -> torch.Tensor: # (n,), 0 where a right candidate comes first
+    "How many wrong candidates score at least as high as the best right one."
+    distinct, column = candidates.unique(dim=0, return_inverse=True)  # equal candidates get equal scores, whatever the matrix product rounds
+    ranks = []
+    for start in range(0, len(queries), block):
+        scores = (queries[start:start + block] @ distinct.T)[:, column]  # (block, m)
+        right = query_labels[start:start + block, None] == candidate_labels
+        best = scores.masked_fill(~right, -math.inf).amax(1, keepdim=True)
+        ranks.append(((scores >= best) & ~right).sum(1))
+    return torch.cat(ranks)
+
+
+def recall_at(
+    ranks:torch.Tensor, # from `ranks_of_right`
+    k:int
+) -> float:
+    "Share of the queries with a right candidate among the first k."
+    return int((ranks < k).sum()) / len(ranks)
+
+# %% ../nbs/17_evaluate.ipynb #1fc813e5
 TEMPLATES = ("a {}", "a small {}", "a large {}", "a {} in the center", "a {} on a plain white background")
 PAPER_COLUMN = {"classification": "Class.", "vqa": "VQA", "retrieval": "Retr.", "grounding": "Ground.", "zero_shot": "ImageNet",
                 "region_crop": "VG-Crop", "object_crop": "OI-Crop", "position": "OI-Pos", "tgit": "TGIT", "false_captions": "SugarCrepe"}
@@ -149,7 +174,7 @@ def _query(item, right, others, kind=""): # others that equal the right one are 
     others = tuple(other for other in others if other is not right and (isinstance(right, tuple) or not _same(other, right)))
     return [Query(item, (right, *others), kind)] if others else []
 
-# %% ../nbs/17_evaluate.ipynb #b4b0035d
+# %% ../nbs/17_evaluate.ipynb #158cf8cd
 def _name_the_object(scenes, rng, size, labels, wanted): # {name: candidate}; only objects with a wanted name are asked for
     queries = []
     while len(queries) < len(scenes):
@@ -184,7 +209,7 @@ def _retrieval(scenes, rng, size):
             queries += _query(left[i], right[i], [right[j] for j in others], kind)
     return queries
 
-# %% ../nbs/17_evaluate.ipynb #207e8d71
+# %% ../nbs/17_evaluate.ipynb #b63966cf
 def _crops(scenes): # one list of (thing, Item) a scene
     return [[(thing, Item(shapes.region(image, thing))) for thing in scene.objects] for scene, image in scenes]
 
@@ -227,7 +252,7 @@ def _position(scenes, rng, size):
         queries += _query(Item(image, f"the {a.shape} on the {side}"), target, [other, *rng.sample(strangers, 2)])
     return queries
 
-# %% ../nbs/17_evaluate.ipynb #d8ec182f
+# %% ../nbs/17_evaluate.ipynb #b98c3f0c
 def _tgit(scenes, rng, size):
     queries = []
     for _, image in scenes:
@@ -258,7 +283,7 @@ def shapes_tasks(
     scenes = [(scene, shapes.render(scene, size)) for scene in test]
     return {name: _TASKS[name](scenes, random.Random(f"{seed}/{name}"), size) for name in names}
 
-# %% ../nbs/17_evaluate.ipynb #b63966cf
+# %% ../nbs/17_evaluate.ipynb #9b0fff5d
 def results_table(
     results:dict # from `evaluate`
 ) -> str:

@@ -19,11 +19,12 @@ def mask_tokens(
     probability:float=0.1, # of each token
     generator:torch.Generator|None=None # on the CPU; the same state hides the same places
 ): # masked ids (b, n), labels (b, n): the original id where masked, -100 elsewhere
-    "Hide each token with the given probability; never `<eot>`, padding or `[MASK]`."
+    "Hide each token with the given probability; never `<eot>`, padding or `[MASK]` (nor, for a published checkpoint, id 0 and image code 0)."
     if not 0 <= probability <= 1: raise ValueError(f"probability must lie between 0 and 1, not {probability}; 0.1 hides a tenth")
     real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     draw = torch.rand(ids.shape, generator=generator).to(ids.device)
-    hidden = (draw < probability) & real & (ids != vocab.eot) & (ids != vocab.mask)
+    exempt = [vocab.eot, vocab.mask] + [vocab.pad, vocab.first_code] * vocab.original
+    hidden = (draw < probability) & real & ~torch.isin(ids, torch.tensor(exempt, device=ids.device))
     return ids.masked_fill(hidden, vocab.mask), ids.masked_fill(~hidden, -100)
 
 # %% ../nbs/10_masking.ipynb #9bf8cdc7

@@ -72,9 +72,17 @@ class CLIPBPE:
     "CLIP's byte-pair encoding (49,408 ids) through open_clip: what the paper uses."
     name, pad, sot, eot, n_vocab = "clip", 0, 49406, 49407, 49408
 
-    def __init__(self):
+    def __init__(self,
+        original:bool=False # a literal "<end_of_text>" in a caption becomes the special id, as in the original
+    ):
+        import regex
         from open_clip.tokenizer import SimpleTokenizer
-        self.tokenizer = SimpleTokenizer()
+        self.tokenizer, words = SimpleTokenizer(), SimpleTokenizer().pat
+        if not original: self.tokenizer.pat = regex.compile(words.pattern.removeprefix("<start_of_text>|<end_of_text>|"), words.flags)
+
+    def clean(self, text:str) -> str:
+        "What is encoded: repaired, unescaped, single spaces, lower case."
+        return self.tokenizer.clean_fn(text)
 
     def encode(self, text:str) -> list:
         "Ids of the text, without `sot` and `eot`."

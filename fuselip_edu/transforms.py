@@ -96,7 +96,7 @@ def _colours(image, rng, count):
     grey = grayscale(image)
     return rng.sample([(image, "grayscale", grey), (grey, "colorize", image)], count)
 
-# %% ../nbs/11_transforms.ipynb #8b92a9aa
+# %% ../nbs/11_transforms.ipynb #378f7e93
 KINDS = ("crop", "rotate", "jitter", "flip", "colour")
 TRAIN_COUNT = {"crop": 9, "rotate": 3, "jitter": 3, "flip": 4, "colour": 2}
 EVAL_COUNT = {"crop": 9, "rotate": 18, "jitter": 10, "flip": 4, "colour": 2}
@@ -117,7 +117,7 @@ def transform_pairs(
     rows = _MAKERS[kind](image, rng, (TRAIN_COUNT if train else EVAL_COUNT)[kind])
     return [Pair(Item(left, text), Item(right)) for left, text, right in rows]
 
-# %% ../nbs/11_transforms.ipynb #9d0eba9a
+# %% ../nbs/11_transforms.ipynb #56c608ac
 RELATIVE = {"crop": 2, "rotate": 1, "jitter": 1, "flip": 2, "colour": 1}  # wanted share of pairs
 _per_image = {kind: RELATIVE[kind] / TRAIN_COUNT[kind] for kind in KINDS}
 WEIGHTS = {kind: weight / sum(_per_image.values()) for kind, weight in _per_image.items()}  # chance of a kind

@@ -23,6 +23,7 @@ class Vocab:
     n_codes: int  # image codes
     context: int  # longest sequence
     pad: int = 0
+    original: bool = False  # of a published checkpoint: id 0 is padding wherever it stands, the first `eot` is the end, image code 0 is never hidden
 
     @property
     def mask(self): return self.n_text
@@ -39,7 +40,9 @@ class Vocab:
     ) -> list: # at most `context` ids, the last one `eot`
         "`[image codes] <sot> text <eot>`, cut to the context with `<eot>` kept."
         ids = [self.first_code + int(code) for code in codes] + [self.sot, *text_ids, self.eot]
-        return ids if len(ids) <= self.context else ids[:self.context - 1] + [self.eot]
+        if len(ids) <= self.context: return ids
+        if self.original and len(codes) and self.eot in ids[:self.context]: return ids[:self.context]  # a literal end inside the text suffices it
+        return ids[:self.context - 1] + [self.eot]
 
 # %% ../nbs/07_vocab.ipynb #44e42e0e
 TOKEN_COLOURS = {"image code": "#7fb0d9", "<sot>": "#6cc08b", "text": "#f6d37a", "<eot>": "#e8746a",
@@ -100,12 +103,12 @@ class ItemTokenizer:
     def __init__(self,
         image_tokenizer, # a `TiTok`
         text_tokenizer, # a `BPE` or `CLIPBPE`
-        context:int # longest sequence
+        context:int, original:bool=False # as in `Vocab`
     ):
         n_latents, n_codes = image_tokenizer.config.n_latents, image_tokenizer.config.n_codes
         if context < n_latents + 2: raise ValueError(f"a context of {context} is too short for {n_latents} image codes, <sot> and <eot>; give at least {n_latents + 2}")
         self.image_tokenizer, self.text_tokenizer, self.warned = image_tokenizer, text_tokenizer, False
-        self.vocab = Vocab(text_tokenizer.n_vocab, text_tokenizer.sot, text_tokenizer.eot, n_codes, context, text_tokenizer.pad)
+        self.vocab = Vocab(text_tokenizer.n_vocab, text_tokenizer.sot, text_tokenizer.eot, n_codes, context, text_tokenizer.pad, original)
 
     def codes(self,
         images, # list of images as `load_image` takes them; the same object or path is encoded once

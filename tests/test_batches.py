@@ -1,10 +1,8 @@
-"Batches: the original's sampler, groups and ranks; ragged sequences; pairs to ids."
-import json
-
+"Batches: groups and ranks; mixtures; ragged sequences; pairs to ids; random crops."
 import pytest
 import torch
 
-from fuselip_edu.batches import Sequences, grouped_batches, tokenize_pairs
+from fuselip_edu.batches import RECIPES, MixedSource, Sequences, grouped_batches, kept_groups, open_data, tokenize_pairs
 from fuselip_edu.pairs import Item, Pair
 
 
@@ -12,14 +10,6 @@ def make_groups(count=60, seed=0):
     sizes = [(1, 2, 4)[i] for i in torch.randint(3, (count,), generator=torch.Generator().manual_seed(seed)).tolist()]
     starts = [sum(sizes[:i]) for i in range(count)]
     return [list(range(start, start + size)) for start, size in zip(starts, sizes)]
-
-
-def test_batches_are_the_original(golden):
-    data = json.loads((golden / "sampler.json").read_text())
-    assert {(run["world"], run["epoch"]) for run in data["runs"]} == {(world, epoch) for world in (1, 2, 3) for epoch in (0, 1)}
-    for run in data["runs"]:
-        ours = grouped_batches(data["groups"], data["batch_size"], 0, run["epoch"], run["rank"], run["world"])
-        assert ours == run["batches"] and len(ours) == run["len"], (run["world"], run["rank"], run["epoch"])
 
 
 def test_an_epoch_repeats_nothing_and_covers_all_but_the_rest():
@@ -129,3 +119,38 @@ def test_a_shared_picture_is_encoded_once():
     ids, lengths = tokens.left.pad(torch.arange(len(tokens)))
     expected = tokenizer(items[0::2])
     assert [row[:n] for row, n in zip(ids.tolist(), lengths.tolist())] == [list(sequence) for sequence in expected]
+
+
+class Numbers:
+    "A source of names, with an epoch."
+    epoch = 0
+    def __init__(self, name, groups): self.name, self.groups = name, groups
+    def __len__(self): return sum(map(len, self.groups))
+    def __getitem__(self, index): return f"{self.name}{index}"
+
+
+def test_a_mixture_holds_every_source():
+    a, b = Numbers("a", [[0], [1], [2]]), Numbers("b", [[0, 1], [2, 3]])
+    mixture = MixedSource({"a": a, "b": b})
+    assert [mixture[i] for i in range(len(mixture))] == ["a0", "a1", "a2", "b0", "b1", "b2", "b3"]
+    assert mixture.groups == [[0], [1], [2], [3, 4], [5, 6]]
+    mixture.epoch = 4
+    assert a.epoch == b.epoch == mixture.epoch == 4
+    for index in (-1, 7):
+        with pytest.raises(IndexError, match=f"item {index} of a mixture of 7"): mixture[index]
+
+
+def test_shares_keep_whole_groups_and_always_the_same():
+    groups = [[2 * i, 2 * i + 1] for i in range(10)]
+    kept = kept_groups(groups, 0.5)
+    assert len(kept) == 5 and all(group in groups for group in kept) and kept == kept_groups(groups, 0.5) and len({tuple(group) for group in kept}) == 5
+    assert len(kept_groups(groups, 0.39)) == 3 and kept_groups(groups, 1.0) == groups
+    assert len(kept_groups(groups, 2.5)) == 25 and kept_groups(groups, 2.0) == groups * 2
+    with pytest.raises(ValueError, match="above 0"): kept_groups(groups, 0.0)
+    with pytest.raises(ValueError, match="shares name c; the sources are a"): MixedSource({"a": Numbers("a", [[0]])}, {"c": 1.0})
+
+
+def test_the_papers_mixtures():
+    assert RECIPES["cc3m-mm"] == {"cc3m-aug": 1.0, "hq-edit": 1.0, "cc3m-vqa": 1.0, "vg-crop": 1.0, "vg-vqa": 0.5}
+    assert RECIPES["cc12m-mm"] == {"cc12m-aug": 1.0, "hq-edit": 1.0, "cc3m-vqa": 1.0, "vg-crop": 1.0, "vg-vqa": 1.0}
+    with pytest.raises(ValueError, match="shapes"): open_data("cc3m-mm")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
-            "sources", "batches", "train", "evaluate", "demo", "cli"]
+            "sources", "batches", "distributed", "train", "evaluate", "baselines", "demo", "paper", "data", "cli"]
 
 
 def notebooks(root): return sorted(path for path in (root / "nbs").glob("[0-9]*.ipynb"))

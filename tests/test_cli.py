@@ -54,7 +54,7 @@ def test_help_names_every_command(root):
 def test_train_writes_a_run(run):
     assert json.loads((run / "config.json").read_text())["encoder"]["width"] == 32
     assert len((run / "metrics.jsonl").read_text().splitlines()) >= 1
-    assert {path.name for path in (run / "model").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in (run / "model").iterdir()} == {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
 
 
 def test_evaluate_a_csv(run, csv, root, tmp_path):

@@ -1,6 +1,4 @@
-"Text tokenizers: CLIP's against the original's ids, the small one against its promises."
-import json
-
+"Text tokenizers against their promises; CLIP's ids are compared with the original's in test_parity.py."
 import pytest
 
 from fuselip_edu.text import BPE, CLIPBPE, TEXT_TOKENIZERS
@@ -16,26 +14,17 @@ def bpe(): return BPE.train(CORPUS, 320)
 def clip(): return CLIPBPE()
 
 
-@pytest.fixture(scope="module")
-def rows(golden): return json.loads((golden / "text_tokenizer.json").read_text())
+@pytest.mark.parametrize("text", ["<end_of_text>", "<START_OF_TEXT>a", "a<end_of_text><end_of_text>b", "&lt;end_of_text&gt;",
+                                  "<end_of_text> &amp;amp;amp;lt;end_of_text&amp;amp;amp;gt;", "<<end_of_text>>"])
+def test_clip_keeps_literal_special_tokens_as_text(clip, text):
+    ids = clip.encode(text)
+    assert ids and max(ids) < clip.sot and clip.decode(ids).replace(" ", "") == clip.clean(text).replace(" ", "")
 
 
-def test_clip_ids_equal_the_originals(clip, rows):
-    assert (clip.n_vocab, clip.pad, clip.sot, clip.eot) == (rows["vocab_size"], rows["pad"], rows["sot"], rows["eot"])
-    assert len(rows["rows"]) == 200
-    differ = [row["text"] for row in rows["rows"] if clip.encode(row["text"]) != row["encode"]]
-    assert not differ
-
-
-def test_clip_decodes_what_it_encoded(clip, rows):
-    plain = [row for row in rows["rows"] if not {clip.sot, clip.eot} & set(row["encode"])]
-    assert len(plain) > 190
-    assert all(clip.decode(row["encode"]) == row["decoded"].strip() for row in plain)
-
-
-def test_clip_quirks_are_as_documented(clip):
-    assert clip.encode("!—") == [0, 2005]  # id 0 is a piece, and the padding of the original
-    assert clip.encode("text <end_of_text> inside")[1:-1] == [clip.eot]
+def test_clip_encodes_ordinary_text_as_the_original(clip):
+    original = CLIPBPE(original=True)
+    for text in [*CORPUS[:3], "a < b", "start_of_text", "it's 2 o'clock!—", "café ☃"]: assert clip.encode(text) == original.encode(text)
+    assert original.encode("text <end_of_text> inside")[1:-1] == [clip.eot]
 
 
 @pytest.mark.parametrize("text", ["", "a", "café ☃ 🙂 дом", "tabs\tand\nlines", "two  spaces", "\u200d zero width", "x" * 1000, *CORPUS[:3]])

@@ -1,5 +1,4 @@
-"The loop: schedule, parameter groups, resume, checkpoints, accumulation, a full disk."
-import json
+"The loop: resume, checkpoints, accumulation, shards, a full disk; pairs that are read when needed; the paper's presets."
 import os
 import resource
 import subprocess
@@ -10,10 +9,12 @@ import torch
 
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
 from fuselip_edu.sources import ShapesSource, source_groups
-from fuselip_edu.batches import tokenize_pairs
+from fuselip_edu.batches import SourcePairs, grouped_batches, tokenize_pairs
+from fuselip_edu.distributed import World
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
-from fuselip_edu.train import TrainConfig, backward, learning_rate, load_checkpoint, make_batch, parameter_groups, save_checkpoint, train
+from fuselip_edu.train import (PRESETS, TrainConfig, backward, build, epoch_batches, load_checkpoint, make_batch, parameter_groups, preset,
+                               save_checkpoint, train, twins)
 
 
 def small_model(seed=0, width=32):
@@ -29,21 +30,6 @@ def settings(**changes): return TrainConfig(**{"steps": 12, "batch_size": 16, "l
 
 
 def weights(model): return torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
-
-
-def test_learning_rate_equals_the_original(golden):
-    for case in json.loads((golden / "lr_schedule.json").read_text()).values():
-        if "min_lr" in case: continue
-        for step, rate in case["lr"].items():
-            assert learning_rate(int(step), case["base"], case["warmup"], case["total"]) == pytest.approx(rate, rel=1e-9, abs=1e-18)
-
-
-def test_weight_decay_names_equal_the_original(golden):
-    names = json.loads((golden / "metadata.json").read_text())["fuse"]
-    model = small_model()
-    by_id = {id(p): name for name, p in model.named_parameters()}
-    decayed, kept = ({by_id[id(p)] for p in group["params"]} for group in parameter_groups(model, 1.0))
-    assert decayed == set(names["weight_decay"]) and kept == set(names["no_weight_decay"])
 
 
 def test_one_seed_gives_one_run(pairs):
@@ -72,7 +58,7 @@ def test_accumulation_gives_the_same_gradient(pairs, loss):
     found = []
     for accumulation in (1, 2, 8):
         model, config = small_model(), settings(loss=loss, accumulation=accumulation, mask_probability=0.2)
-        values = backward(model, make_batch(pairs, range(16), model, config, 3), config)
+        values = backward(model, make_batch(pairs.inputs(range(16)), model, config, 3), config)
         found.append((values["loss"], torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     for value, gradient in found[1:]:
         assert value == pytest.approx(found[0][0], rel=1e-5)
@@ -81,8 +67,8 @@ def test_accumulation_gives_the_same_gradient(pairs, loss):
 
 def test_length_buckets_do_not_change_the_gradient(pairs):
     model, config = small_model(), settings()
-    batch = make_batch(pairs, range(16), model, config, 0)
-    one, four = (model(batch.ids, batch.lengths, buckets=buckets) for buckets in (1, 4))
+    inputs = make_batch(pairs.inputs(range(16)), model, config, 0).inputs
+    one, four = (model(inputs["ids"], inputs["lengths"], buckets=buckets) for buckets in (1, 4))
     assert torch.allclose(one, four, atol=1e-5)
 
 
@@ -147,6 +133,80 @@ def test_a_run_cut_by_the_clock_keeps_its_last_step(pairs):
     assert len(rows) == 1 and 1 <= rows[0]["step"] < 50
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "log_every", "keep"])
+@pytest.mark.parametrize("name", ["steps", "batch_size", "shards", "accumulation", "log_every", "keep"])
 def test_nonsense_is_refused(name):
     with pytest.raises(ValueError, match=name): TrainConfig(**{name: 0})
+
+
+@pytest.mark.parametrize("changes", [{"shards": 3}, {"accumulation": 3}, {"precision": "fp8"}, {"loss": "hinge"}])
+def test_what_does_not_fit_is_refused(changes):
+    with pytest.raises(ValueError, match=f"train.{[*changes][0]}"): TrainConfig(**changes)
+
+
+def test_shards_are_the_papers_ranks(pairs):
+    "One process with four shards, or two with two each, see what four processes of the original would."
+    config = settings(batch_size=16, shards=4)
+    whole = epoch_batches(pairs.groups, config, 1)
+    ranks = [grouped_batches(pairs.groups, 4, config.seed, 1, rank, 4) for rank in range(4)]
+    assert whole == list(zip(*ranks))
+    halves = [epoch_batches(pairs.groups, config, 1, World(rank, 2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*halves)] == whole
+
+
+def test_more_processes_than_shards_is_an_error(pairs):
+    with pytest.raises(ValueError, match="--train.shards 2"): train(small_model(), pairs, settings(skip_twins=False), world=World(0, 2))
+    with pytest.raises(ValueError, match="no-skip-twins"): train(small_model(), pairs, settings(shards=2), world=World(0, 2))
+
+
+def test_epochs_decide_the_steps(pairs):
+    rows = train(small_model(), pairs, settings(epochs=1, batch_size=64))
+    assert rows[-1]["step"] == len(pairs) // 64
+
+
+def test_twins_are_pairs_that_share_a_side(pairs):
+    inputs = pairs.inputs(range(60))
+    left, right = (side.tolist() for side in inputs["ids"].chunk(2))
+    expected = [[i != j and (left[i] == left[j] or right[i] == right[j]) for j in range(60)] for i in range(60)]
+    assert twins(inputs).tolist() == expected and any(map(any, expected))
+
+
+def test_a_source_that_is_read_when_needed_gives_the_same_batches(pairs):
+    "Shapes are tensors, so they are final and tokenizing ahead or as needed is the same."
+    model = small_model()
+    fresh = SourcePairs(ShapesSource(40), model)
+    batch = [[0, 1, 2], [7, 8, 3]]
+    found = next(fresh.batches([batch]))
+    expected = model.collate([item for side in ("left", "right") for shard in batch
+                              for item in [getattr(pair, side) for index in shard for pair in fresh.source[index]][:len(shard)]])
+    assert found["ids"].tolist() == expected["ids"].tolist() and len(found["ids"]) == 12
+
+
+def test_background_readers_change_nothing():
+    found = []
+    for workers in (0, 2):
+        fresh = SourcePairs(ShapesSource(12), small_model(), workers=workers)
+        found.append([inputs["ids"].tolist() for inputs in fresh.batches([[batch] for batch in grouped_batches(fresh.groups, 8)])])
+    assert found[0] == found[1]
+
+
+def test_resuming_a_run_that_reads_as_it_goes_is_exact(tmp_path):
+    def fresh(): return SourcePairs(ShapesSource(12), small_model())
+    config = settings(steps=20, batch_size=16, checkpoint_every=5)
+    rows = train(small_model(), fresh(), config, tmp_path / "whole")
+    def stop(step, model):
+        if step == 13: raise RuntimeError("killed")
+    with pytest.raises(RuntimeError, match="killed"): train(small_model(), fresh(), config, tmp_path / "parts", watch=stop)
+    assert train(small_model(seed=5), fresh(), config, tmp_path / "parts", resume=True) == rows
+
+
+def test_the_papers_presets():
+    for name, epochs, decay in (("cc3m", 8, 1.0), ("cc12m", 16, 0.5)):
+        for size, width, heads in (("s", 384, 6), ("b", 512, 8)):
+            config = preset(f"fuselip-{size}-{name}")
+            assert (config.encoder.width, config.encoder.heads, config.encoder.layers, config.encoder.context) == (width, heads, 12, 180)
+            wanted = {"epochs": epochs, "weight_decay": decay, "batch_size": 2048, "shards": 8, "lr": 1e-3, "warmup_steps": 12_000, "beta1": 0.9, "beta2": 0.98,
+                      "grad_norm": 1.0, "mask_probability": 0.1, "mask_weight": 0.25, "skip_twins": False, "loss": "sigmoid"}
+            assert {key: getattr(config.train, key) for key in wanted} == wanted
+    changed = preset("tiny")
+    changed.train.lr = 1.0
+    assert PRESETS["tiny"].train.lr != 1.0
