@@ -82,7 +82,7 @@ def kept_groups(groups, share): # the paper's implementation draws with NumPy an
 # %% ../nbs/13_batches.ipynb #eb9abcbd
 RECIPES = {name: {f"{captions}-aug": 1.0, "hq-edit": 1.0, "cc3m-vqa": 1.0, "vg-crop": 1.0, "vg-vqa": questions}
            for name, captions, questions in (("cc3m-mm", "cc3m", 0.5), ("cc12m-mm", "cc12m", 1.0))}
-PLACES = {"cc3m-aug": "cc3m", "cc12m-aug": "cc12m", "hq-edit": "hq-edit", "cc3m-vqa": "cc3m/cc3m_vqa_train.csv", "vg-crop": "vg", "vg-vqa": "vg"}
+PLACES = {"cc3m-aug": "cc3m", "cc12m-aug": "cc12m", "hq-edit": "hq-edit", "cc3m-vqa": "cc3m", "vg-crop": "vg", "vg-vqa": "vg"}
 
 
 def open_data(

@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'PICTURES', 'PLACES', 'PAIRS_AN_IMAGE', 'HATEFUL', 'PROMPT
            'source_groups', 'ShapesSource', 'zip_members', 'CSVSource', 'Texts', 'read_rows', 'inside', 'TableSource',
            'shard_index', 'ShardSource', 'plain_chance', 'random_resized_crop', 'AugmentedSource', 'data_files',
            'load_rows', 'edit_pairs', 'HQEditSource', 'read_json', 'RegionSource', 'QuestionSource', 'mmeb_text',
-           'MMEBSource', 'open_captions', 'open_source', 'stream_groups', 'source_images']
+           'MMEBSource', 'open_captions', 'open_questions', 'open_source', 'stream_groups', 'source_images']
 
 # %% ../nbs/12_sources.ipynb #f6ea78b2
 import bisect, contextlib, csv, functools, json, random, re, tarfile, tempfile
@@ -655,11 +655,20 @@ def open_captions(
     place = Path(place)
     if place.suffix == ".csv": return TableSource(place)
     if any(place.glob("*-train-*.tar")): return ShardSource(place)
-    tables = sorted(place.glob("*.csv"))
+    tables = sorted(path for path in place.glob("*.csv") if "vqa" not in path.name)
     tables = [table for table in tables if table.name in ("train.csv", "cc3m.csv", "cc12m.csv")] or tables
     if len(tables) == 1: return TableSource(tables[0])
     if tables: raise ValueError(f"{str(place)!r} holds {len(tables)} tables ({', '.join(table.name for table in tables[:4])}); name the one to read")
     raise FileNotFoundError(f"no shards and no table in {str(place)!r}; expected cc3m-train-0000.tar and so on, or a CSV with the columns path, caption")
+
+
+def open_questions(
+    place:str|Path # a CSV file, or the folder with one that has `vqa` in its name
+) -> TableSource:
+    "CC3M-VQA."
+    tables = sorted(Path(place).glob("*vqa*.csv")) if Path(place).is_dir() else [place]
+    if len(tables) != 1: raise FileNotFoundError(f"{len(tables)} tables called *vqa*.csv in {str(place)!r}, expected one; name the file, or make it with fuselip-edu data make-vqa")
+    return TableSource(tables[0], "answer", "question")
 
 
 NAMES = "shapes, csv:PATH, cc3m:DIR, cc3m-aug:DIR, cc12m:DIR, cc12m-aug:DIR, cc3m-vqa:PATH.csv, hq-edit:DIR, vg-crop:DIR, vg-vqa:DIR, mmeb:DIR"
@@ -678,7 +687,7 @@ def open_source(
     openers = {"csv": CSVSource, "cc3m": open_captions, "cc12m": open_captions,
                "cc3m-aug": lambda place: AugmentedSource(open_captions(place), 0.9, seed, size),
                "cc12m-aug": lambda place: AugmentedSource(open_captions(place), 0.971, seed, size),
-               "cc3m-vqa": lambda place: TableSource(place, "answer", "question"), "hq-edit": HQEditSource,
+               "cc3m-vqa": open_questions, "hq-edit": HQEditSource,
                "vg-crop": RegionSource, "vg-vqa": QuestionSource, "mmeb": MMEBSource}
     if kind not in openers or not place: raise ValueError(f"unknown data {name!r}; give {NAMES}")
     return openers[kind](place)
