@@ -358,7 +358,7 @@ class ImageStore:
         if path is not None: self.by_path[path] = row
         return row
 
-
+# %% ../nbs/18_baselines.ipynb #45b77aee
 def pixel_pairs(
     groups, # iterable of groups, each a list of `Pair`
     model:LateFusion
@@ -373,7 +373,7 @@ def pixel_pairs(
     images = torch.stack(store.images) if store.images else torch.zeros(0, 3, model.image_size, model.image_size, dtype=torch.uint8)
     return PixelPairs(images, torch.tensor(rows[0] + rows[1]), Sequences(texts[0] + texts[1]), indices, model.vocab.pad)
 
-# %% ../nbs/18_baselines.ipynb #da2d2d9e
+# %% ../nbs/18_baselines.ipynb #dae0f5b4
 @dataclass
 class BaselineConfig:
     "All that decides a baseline's run; the defaults are the preset `tiny-sf`."
@@ -404,7 +404,7 @@ def build_baseline(
     if config.ahead: return model, pixel_pairs(source_groups(source), model)
     return model, SourcePairs(source, model, config.train.seed, config.workers)
 
-# %% ../nbs/18_baselines.ipynb #a7b9e000
+# %% ../nbs/18_baselines.ipynb #4bb97f56
 def load_model(
     id_or_folder:str|Path, # of any model of this book, a run, or a hub id
     device:str="cpu" # as `pick_device` takes it

@@ -16,7 +16,7 @@ import torch
 
 from .core import progress
 from .pairs import Item, Pair
-from .sources import open_source, random_resized_crop
+from .sources import NAMES, open_source, random_resized_crop
 
 # %% ../nbs/13_batches.ipynb #3c8d303e
 def grouped_batches(
@@ -71,15 +71,15 @@ class MixedSource:
         self._epoch = value
         for source in self.sources.values(): source.epoch = value
 
-
-def kept_groups(groups, share): # the paper's implementation draws with NumPy and seed 0 in every process
+# %% ../nbs/13_batches.ipynb #cd66e9cf
+def kept_groups(groups, share): # -> list of groups; `share` may be above 1
     if share <= 0: raise ValueError(f"a share must be above 0, not {share}; leave the source out instead")
     kept = list(groups) * int(share)
     if part := int((share - int(share)) * len(groups)):
         kept += [groups[i] for i in np.random.default_rng(0).choice(len(groups), part, replace=False)]
     return kept
 
-# %% ../nbs/13_batches.ipynb #eb9abcbd
+# %% ../nbs/13_batches.ipynb #23a4f78b
 RECIPES = {name: {f"{captions}-aug": 1.0, "hq-edit": 1.0, "cc3m-vqa": 1.0, "vg-crop": 1.0, "vg-vqa": questions}
            for name, captions, questions in (("cc3m-mm", "cc3m", 0.5), ("cc12m-mm", "cc12m", 1.0))}
 PLACES = {"cc3m-aug": "cc3m", "cc12m-aug": "cc12m", "hq-edit": "hq-edit", "cc3m-vqa": "cc3m", "vg-crop": "vg", "vg-vqa": "vg"}
@@ -93,10 +93,12 @@ def open_data(
 ): # a source
     "The data that a `--data` flag names."
     recipe, _, root = name.partition(":")
-    if recipe not in RECIPES or not root: return open_source(name, seed=seed, size=size, **shapes)
-    return MixedSource({part: open_source(f"{part}:{Path(root) / PLACES[part]}", seed=seed, size=size) for part in RECIPES[recipe]}, RECIPES[recipe])
+    if recipe not in RECIPES or not root:
+        return open_source(name, seed=seed, size=size, names=", ".join([NAMES, *(f"{mixture}:ROOT" for mixture in RECIPES)]), **shapes)
+    sources = {part: open_source(f"{part}:{Path(root) / PLACES[part]}", seed=seed, size=size) for part in RECIPES[recipe]}
+    return MixedSource(sources, RECIPES[recipe])
 
-# %% ../nbs/13_batches.ipynb #7879a796
+# %% ../nbs/13_batches.ipynb #88476726
 class Sequences:
     "Many sequences of ids in one flat tensor."
     def __init__(self,
@@ -119,7 +121,7 @@ class Sequences:
         at = (self.starts[indices][:, None] + column).where(inside, 0)
         return self.values[at].long().where(inside, pad), lengths
 
-# %% ../nbs/13_batches.ipynb #5459f70f
+# %% ../nbs/13_batches.ipynb #c9408d6d
 @dataclass
 class TokenPairs:
     "Pairs as ids, with the groups that share a batch: all that training reads."
@@ -145,7 +147,7 @@ class TokenPairs:
         "The inputs of every batch."
         return (self.inputs([i for shard in batch for i in shard]) for batch in batches)
 
-# %% ../nbs/13_batches.ipynb #60280bb8
+# %% ../nbs/13_batches.ipynb #4ef9f56f
 def tokenize_pairs(
     groups, # iterable of groups, each a list of `Pair`
     item_tokenizer, # an `ItemTokenizer`
@@ -169,7 +171,7 @@ def tokenize_pairs(
     if waiting: flush()
     return TokenPairs(Sequences(left), Sequences(right), indices)
 
-# %% ../nbs/13_batches.ipynb #96b20f53
+# %% ../nbs/13_batches.ipynb #4d780838
 class SourcePairs:
     "Pairs that are read, cropped and turned into a model's inputs when a batch asks for them."
     def __init__(self,
@@ -199,6 +201,11 @@ class SourcePairs:
         flat = [[index for shard in batch for index in shard] for batch in batches]
         for batch, items in zip(batches, DataLoader(self, batch_sampler=flat, num_workers=self.workers, collate_fn=list)):
             items = iter(items)
-            shards = [list(itertools.chain.from_iterable(itertools.islice(items, len(shard))))[:len(shard)] for shard in batch]
-            pairs = [pair for shard in shards for pair in shard]
+            pairs = [pair for shard in batch for pair in _to_size(itertools.islice(items, len(shard)), shard)]
             yield self.model.collate([pair.left for pair in pairs] + [pair.right for pair in pairs])
+
+
+def _to_size(items, shard): # the pairs of its items -> as many as it has indices: cut off, or begun again
+    pairs = list(itertools.chain.from_iterable(items))
+    if not pairs: raise ValueError(f"items {', '.join(map(str, shard[:8]))} of the data have no pairs, and nothing else is in their batch; look for empty texts there")
+    return list(itertools.islice(itertools.cycle(pairs), len(shard)))

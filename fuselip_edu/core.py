@@ -213,8 +213,8 @@ def read_weights(
     try: state = torch.load(path, map_location="cpu", weights_only=True) if torchs else load_file(path)
     except FileNotFoundError: raise FileNotFoundError(f"no weights at {str(path)!r}; check the path") from None
     except pickle.UnpicklingError: state = None
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} is not a whole {'torch' if torchs else 'safetensors'} file ({str(error).splitlines()[0]}); save or copy it again") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, IndexError) as error:
+        raise ValueError(f"{str(path)!r} is not a whole {'torch' if torchs else 'safetensors'} file ({(str(error).splitlines() or ['it is empty'])[0]}); save or copy it again") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{str(path)!r} holds something other than named tensors; save the model's state dict alone")
     return state
@@ -233,7 +233,7 @@ def fit_weights(
     wrong += [f"{name} has shape {shape(state[name])} instead of {shape(own[name])}"
               for name in own if name in state and shape(state[name]) != shape(own[name])]
     if len(wrong) > 3: wrong[3:] = [f"and {len(wrong) - 3} more"]
-    if wrong: raise ValueError(f"{str(path)!r} does not fit the model: {'; '.join(wrong)}")
+    if wrong: raise ValueError(f"{str(path)!r} does not fit the model: {'; '.join(wrong)}; give the file that was saved with this configuration")
     module.load_state_dict({name: state[name_of(name)] for name in module.state_dict()})
 
 

@@ -105,10 +105,10 @@ PAPERS_PAGE = "data/ of https://github.com/chs20/fuselip"
 SETS["openimages"] = DataSet(
     use="test: OI-Crop, OI-Pos", source="Open Images V7, test pictures", url="https://storage.googleapis.com/openimages/web/download_v7.html",
     licence="annotations CC BY 4.0; pictures listed as CC BY 2.0", size="1,046 and 2,546 queries",
-    parts=(Part("queries of OI-Crop", ("oi-crop.json",), origin=PAPERS_PAGE),
-           Part("queries of OI-Pos", ("oi-crop-positional-v3.json",), origin=PAPERS_PAGE),
+    parts=(Part("list of OI-Crop's queries", ("oi-crop.json",), origin=PAPERS_PAGE),
+           Part("list of OI-Pos's queries", ("oi-crop-positional-v3.json",), origin=PAPERS_PAGE),
            Part("pictures", ("test/*.jpg",), 1)),
-    readers={"evaluate:oi_crop": ("queries of OI-Crop", "pictures"), "evaluate:oi_pos": ("queries of OI-Pos", "pictures")},
+    readers={"evaluate:oi_crop": ("list of OI-Crop's queries", "pictures"), "evaluate:oi_pos": ("list of OI-Pos's queries", "pictures")},
     steps="download the two lists of queries, and into test/ the test pictures that they name")
 
 SETS["imagenet"] = DataSet(
@@ -129,17 +129,17 @@ SETS["mmeb-eval"] = DataSet(
 SETS["coco"] = DataSet(
     use="test: retrieval both ways; pictures for SugarCrepe", source="COCO", url="https://cocodataset.org/#download",
     licence="captions CC BY 4.0; pictures under Flickr's terms of use", size="5,000 pictures with five captions each (1 GB)",
-    parts=(Part("captions", ("annotations/captions_val2017.json",),
+    parts=(Part("table of captions", ("annotations/captions_val2017.json",),
                 instead=("dataset_coco.json", "annotations/captions_val2014.json"), origin="annotations_trainval2017.zip"),
            Part("pictures", ("val2017/*.jpg", "val2014/*.jpg"), 5_000, origin="val2017.zip")),
-    readers={"evaluate:coco": ("captions", "pictures")}, steps="download the two archives and unpack them in the folder")
+    readers={"evaluate:coco": ("table of captions", "pictures")}, steps="download the two archives and unpack them in the folder")
 
 SETS["flickr30k"] = DataSet(
     use="test: retrieval both ways", source="Flickr30k, with the test part of Karpathy's caption_datasets.zip",
     url="https://shannon.cs.illinois.edu/DenotationGraph/", licence="non-commercial research, on request", size="31,783 pictures, 1,000 of them in the test part",
-    parts=(Part("captions", ("dataset_flickr30k.json",), origin="caption_datasets.zip"),
+    parts=(Part("table of captions", ("dataset_flickr30k.json",), origin="caption_datasets.zip"),
            Part("pictures", ("flickr30k-images/*.jpg", "flickr30k_images/*.jpg", "images/*.jpg"), 1_000)),
-    readers={"evaluate:flickr30k": ("captions", "pictures")},
+    readers={"evaluate:flickr30k": ("table of captions", "pictures")},
     steps="ask for the pictures with the form on the page, and put dataset_flickr30k.json beside them")
 
 SETS["sugarcrepe"] = DataSet(
@@ -177,7 +177,7 @@ def default_root(
     "The folder of a data set where none is given: data/cache/NAME."
     return Path("data", "cache", data_set(name).folder or name)
 
-
+# %% ../nbs/27_data.ipynb #2d671d83
 def _shown(part): # the files of a part, for people
     first, *_, last = part.files + part.files[-1:]
     names = " or ".join(f"`{name}`" for name in part.files) if part.count or first == last else f"`{first}` … `{last}`"
@@ -198,7 +198,7 @@ def data_list() -> str: # Markdown
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/27_data.ipynb #73bc22b3
+# %% ../nbs/27_data.ipynb #b91c2cd0
 def numbered_gaps(
     names # of files that belong together
 ) -> list:
@@ -210,7 +210,7 @@ def numbered_gaps(
             expected |= {f"{name[:match.start()]}-{i:0{len(number)}}-of-{total}{name[match.end():]}": None for i in range(int(total))}
     return [name for name in expected if name not in names]
 
-# %% ../nbs/27_data.ipynb #b91c2cd0
+# %% ../nbs/27_data.ipynb #e7e6f73a
 def find_part(
     part:Part,
     root:Path # folder of the data set
@@ -226,7 +226,7 @@ def find_part(
         absent, names = len(gaps), ", ".join(gaps if len(gaps) < 4 else (*gaps[:2], f"… {gaps[-1]}"))
     return here, here + absent, f"{absent:,} of {here + absent:,} {part.what}: {names}{origin}" if absent else ""
 
-# %% ../nbs/27_data.ipynb #78ca726f
+# %% ../nbs/27_data.ipynb #9d024847
 def try_source(
     source, # as in chapter 12
     records:int=5 # how many to look at
@@ -239,7 +239,7 @@ def try_source(
                 if item.image is not None: load_image(item.image)
     return n
 
-# %% ../nbs/27_data.ipynb #c2e0b216
+# %% ../nbs/27_data.ipynb #2e8070cf
 class _Holder:
     "Stands for the folder that holds all sets, so that the evaluation finds one of them anywhere."
     def __init__(self, root, folder): self.root, self.folder = root, folder
@@ -257,7 +257,7 @@ def open_reader(
     tasks = [task] if task in SUITE else [f"{task}/{subset}" for subset in MMEB_SUBSETS if any(root.glob(f"{subset}/test*.*"))]
     return [SUITE[task](_Holder(root, folder), 256) for task in tasks]
 
-# %% ../nbs/27_data.ipynb #2e8070cf
+# %% ../nbs/27_data.ipynb #ecb5664f
 @dataclass
 class Report:
     "What a check found."
@@ -269,7 +269,7 @@ class Report:
     missing: list # in words
     broken: list # error messages, each with file and record
 
-
+# %% ../nbs/27_data.ipynb #f6264d39
 def check(
     name:str, # of a row of `SETS`
     root:str|Path="", # folder of the data set, or its table; "" means data/cache/NAME
@@ -295,7 +295,7 @@ def check(
     report.state = "missing" if nothing else "broken" if report.broken else "partial" if report.missing else "complete"
     return report
 
-# %% ../nbs/27_data.ipynb #936e2089
+# %% ../nbs/27_data.ipynb #8c6ba324
 def report_text(
     report:Report
 ) -> str:
@@ -311,7 +311,7 @@ def report_text(
         lines.append(f"  get it   {f'fuselip-edu data get {report.name} --root {report.root}' if row.hub else row.steps}")
     return "\n".join(lines)
 
-# %% ../nbs/27_data.ipynb #f61e1998
+# %% ../nbs/27_data.ipynb #31931f7e
 def _size(n): # bytes, for people
     return next(f"{n / 1000**k:.1f} {unit}" for k, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")) if n >= 1000**k or k == 1)
 
@@ -337,14 +337,14 @@ def unpack(
     except zipfile.BadZipFile as error:
         raise ValueError(f"{str(archive)!r} is not a whole ZIP archive ({error}); remove it and get it again") from None
 
-# %% ../nbs/27_data.ipynb #bee76ac2
+# %% ../nbs/27_data.ipynb #716540b4
 def _reach(row, call, *args, **kwargs): # a call to the hub; whatever its client raises becomes one clear error
     try: return call(*args, **kwargs)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConnectionError(f"{row.hub} could not be downloaded ({reason}); what has arrived is kept: give the same command again") from error
 
-
+# %% ../nbs/27_data.ipynb #10d5c7ab
 def get(
     name:str, # of a row of `SETS`
     root:str|Path="" # folder of the data set; "" means data/cache/NAME
@@ -368,7 +368,7 @@ def get(
         for archive in sorted(root.glob(pattern)): unpack(archive, root / folder)
     return root
 
-# %% ../nbs/27_data.ipynb #10d5c7ab
+# %% ../nbs/27_data.ipynb #c5b01432
 PROMPT = """Below is the caption of a picture that you cannot see.
 Write one question that somebody looking at the picture could be asked, and the answer.
 
@@ -398,7 +398,7 @@ def vqa_prompt(
     "What the language model is asked about one caption."
     return f"{PROMPT}{' '.join(caption.split())}"
 
-# %% ../nbs/27_data.ipynb #f0892493
+# %% ../nbs/27_data.ipynb #5440b902
 def parse_vqa(
     reply:str # of the language model
 ) -> tuple: # (question, answer); ValueError says why a reply is not used
@@ -411,7 +411,7 @@ def parse_vqa(
     if re.search(r"\bcaptions?\b", f"{question} {answer}", re.IGNORECASE): raise ValueError("it speaks of the caption")
     return question, answer
 
-# %% ../nbs/27_data.ipynb #b1d16015
+# %% ../nbs/27_data.ipynb #0e09f4ae
 def language_model(
     name:str, # hub id or folder of an instruction-tuned causal language model
     device:str="auto",
@@ -443,7 +443,7 @@ def language_model(
         return tokenizer.batch_decode(replies, skip_special_tokens=True)
     return generate
 
-# %% ../nbs/27_data.ipynb #0cf86b14
+# %% ../nbs/27_data.ipynb #bae53305
 def _read_journal(path, settings): # {item: its line}; a line that a kill cut short is taken off
     if not path.exists():
         with atomic_path(path) as temporary: temporary.write_text(json.dumps(settings) + "\n", encoding="utf-8")
@@ -457,7 +457,7 @@ def _read_journal(path, settings): # {item: its line}; a line that a kill cut sh
     if changed: raise ValueError(f"{str(path)!r} was begun with {', '.join(changed)}; give the same again, another --out, or remove it")
     return {line["item"]: line for line in lines}
 
-# %% ../nbs/27_data.ipynb #0e09f4ae
+# %% ../nbs/27_data.ipynb #43773de0
 def _captioned(source, index): # -> (the picture's path, its caption)
     if not (pairs := source[index]): raise ValueError("no caption")
     left, right = pairs[0].left, pairs[0].right
@@ -475,7 +475,7 @@ def _beside(image, index, out): # the path of a picture as the CSV `out` gives i
     except ValueError:
         raise RuntimeError(f"the picture {image!r} is not below {str(out.parent)!r}; write the questions into the folder of the captions' table") from None
 
-# %% ../nbs/27_data.ipynb #387b528a
+# %% ../nbs/27_data.ipynb #b3517702
 def _ask(source, batch, generate, seed, out): # {item: line of the journal}
     read, lines = {}, {}
     for item in batch:
@@ -501,7 +501,7 @@ def _finish(done, n, out): # the journal's lines -> the CSV, and what was counte
         writer.writerows(kept)
     return counts
 
-# %% ../nbs/27_data.ipynb #bae53305
+# %% ../nbs/27_data.ipynb #8802f3af
 def make_vqa(
     captions, # a source of pictures with captions, or its name, such as "cc3m:DIR"
     model, # hub id or folder of an instruction-tuned language model; or a function (prompts, seed) -> replies
@@ -514,7 +514,8 @@ def make_vqa(
     "Write one question and answer for each caption; run again after an interruption, it goes on where it was and ends with the same file."
     source, out = open_source(captions) if isinstance(captions, str) else captions, Path(out)
     n = min(limit or len(source), len(source))
-    if out.suffix != ".csv" or not n: raise ValueError(f"{str(out)!r} for {n} captions: give a path that ends in .csv, and captions")
+    if out.suffix != ".csv": raise ValueError(f"the questions are written as CSV, and {str(out)!r} does not end in .csv; give a path that does")
+    if not n: raise ValueError(f"{captions!r} holds no captions; give a source such as cc3m:DIR")
     out.parent.mkdir(parents=True, exist_ok=True)
     named = lambda value: value if isinstance(value, str) else type(value).__name__
     settings = {"captions": named(captions), "n": n, "model": named(model), "batch_size": batch_size, "seed": seed,

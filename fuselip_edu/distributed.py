@@ -165,7 +165,7 @@ def gather_values(
     dist.all_reduce(numbers)
     return dict(zip(values, (numbers / world.size).tolist()))
 
-
+# %% ../nbs/15_distributed.ipynb #2ac9829d
 def barrier(world:World):
     "Wait until every rank is here."
     if world.size > 1: dist.barrier(device_ids=[world.local_rank] if world.device.type == "cuda" else None)

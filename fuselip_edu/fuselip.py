@@ -20,7 +20,7 @@ from torch import nn
 from .core import atomic_path, fit_weights, load_weights, pick_device, progress, read_weights, save_weights, write_json
 from .pairs import Item
 from .text import BPE, CLIPBPE, TEXT_TOKENIZERS
-from .titok import TiTok, TiTokConfig, encoder_config, fetch_folder, weights_file
+from .titok import TiTok, TiTokConfig, build_from, encoder_config, fetch_folder, saved_config, weights_file
 from .transformer import Transformer, init_transformer, key_mask
 from .vocab import ItemTokenizer, Vocab, pad_sequences
 
@@ -268,8 +268,10 @@ def read_model_config(
     if not path.exists(): raise FileNotFoundError(f"no model in {str(folder)!r}: config.json is missing; give a folder written by save_pretrained, or a finished run")
     try: config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"{str(path)!r} is not JSON ({error}); save or copy it again") from None
-    if not isinstance(config, dict) or config.get("model") != "fuselip" and "text_config" not in config:
-        raise ValueError(f"{str(path)!r} does not describe a FuseLIP model; give a folder written by save_pretrained")
+    kind = config.get("model") if isinstance(config, dict) else None
+    if kind != "fuselip" and (not isinstance(config, dict) or "text_config" not in config):
+        raise ValueError(f"{str(path)!r} does not describe a FuseLIP model{f' but {kind!r}' if isinstance(kind, str) else ''}; "
+                         "give a folder written by FuseLIP.save_pretrained, or a published checkpoint")
     return folder, config
 
 # %% ../nbs/08_fuselip.ipynb #305482d0
@@ -281,11 +283,11 @@ def _from_pretrained(cls,
     folder, config = read_model_config(id_or_folder)
     if "text_config" in config: return load_original(cls, folder, config).to(pick_device(device)).eval()
     path = folder / "config.json"
-    try:
-        encoder, image_tokenizer = FuseLIPConfig(**config["encoder"]), TiTok(TiTokConfig(**config["image_tokenizer"]))
-        kind = TEXT_TOKENIZERS[config["text_tokenizer"]]
-    except (KeyError, TypeError) as error: raise ValueError(f"{str(path)!r} does not fit this version ({error}); save the model again") from None
-    model = cls(encoder, image_tokenizer, CLIPBPE(original=True) if encoder.original and kind.name == "clip" else kind.load(folder))
+    encoder, sizes = saved_config(FuseLIPConfig, config.get("encoder"), path, "encoder."), saved_config(TiTokConfig, config.get("image_tokenizer"), path, "image_tokenizer.")
+    name = config.get("text_tokenizer")
+    if name not in [*TEXT_TOKENIZERS]: raise ValueError(f"{str(path)!r} has text_tokenizer {name!r}, but only {' and '.join(TEXT_TOKENIZERS)} are known; save the model again")
+    text_tokenizer = CLIPBPE(original=True) if encoder.original and name == "clip" else TEXT_TOKENIZERS[name].load(folder)
+    model = build_from(path, lambda: cls(encoder, TiTok(sizes), text_tokenizer))
     load_weights(model, weights_file(folder))
     return model.to(pick_device(device)).eval()
 
@@ -298,11 +300,13 @@ def original_config(
 ) -> FuseLIPConfig:
     "The sizes of an original checkpoint; `ValueError` names what is missing or not known here."
     try:
-        text, sizes = config["text_config"], [config["text_config"][name] for name in ("width", "layers", "heads", "mlp_ratio")]
+        text, masked = config["text_config"], config["mlm_probability"]
+        encoder = FuseLIPConfig(*[text[name] for name in ("width", "layers", "heads", "mlp_ratio")], config["context_length"], original=True)
         fixed = {"mask_pad": (config["mask_pad"], True), "use_eoi": (config["use_eoi"], False), "rand_repl_probability": (config["rand_repl_probability"], 0),
-                 "mlm_probability > 0": (config["mlm_probability"] > 0, True), "text_config.pad_id": (text["pad_id"], 0)}
-        encoder = FuseLIPConfig(*sizes, config["context_length"], original=True)
-    except (KeyError, TypeError) as error: raise ValueError(f"{str(path)!r} is not the configuration of an original FuseLIP checkpoint ({error}); copy it again") from None
+                 "text_config.pad_id": (text["pad_id"], 0), "mlm_probability": (masked, masked if masked > 0 else "a number above 0")}
+    except (KeyError, TypeError) as error:
+        wrong = f"it has no field {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{str(path)!r} is not the configuration of an original FuseLIP checkpoint ({wrong}); copy it again") from None
     for name, (value, expected) in fixed.items():
         if value != expected: raise ValueError(f"{str(path)!r} has {name} = {value}, but only checkpoints with {expected} can be loaded, as the published ones are")
     return encoder
@@ -334,8 +338,9 @@ def load_original(cls, # `FuseLIP`
     path = folder / "config.json"
     encoder, tokenizer = original_config(config, path), config.get("image_tokenizer")
     if not isinstance(tokenizer, str): raise ValueError(f"{str(path)!r} has image_tokenizer {tokenizer!r}, but a hub id or a folder is needed")
-    sizes = encoder_config(folder / tokenizer if (folder / tokenizer).is_dir() else tokenizer)
-    model = cls(encoder, TiTok(sizes), CLIPBPE(original=True))
+    try: sizes = encoder_config(folder / tokenizer if (folder / tokenizer).is_dir() else tokenizer)
+    except (OSError, ValueError) as error: raise type(error)(f"{str(path)!r} names the image tokenizer {tokenizer!r}, and {error}") from None
+    model = build_from(path, lambda: cls(encoder, TiTok(sizes), CLIPBPE(original=True)))
     expected = config["text_config"].get("vocab_size")
     if model.vocab.size != expected: raise ValueError(f"{str(path)!r} has text_config.vocab_size {expected}, but text, [MASK] and the codes of {tokenizer!r} make {model.vocab.size}; is it another tokenizer?")
     load_original_weights(model, read_weights(weights_file(folder)), weights_file(folder))

@@ -9,7 +9,7 @@ __all__ = ['SHARDS', 'VG_FOLDERS', 'SUGARCREPE', 'MMEB_SUBSETS', 'COLUMNS', 'PUB
            'model_fingerprint', 'data_fingerprint', 'published_row', 'suite_sources', 'evaluate_suite', 'suite_table']
 
 # %% ../nbs/26_paper.ipynb #28380d9d
-import contextlib, functools, hashlib, os, random, re, sys, weakref
+import contextlib, functools, hashlib, itertools, os, random, re, sys, weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def _reading(file, record, expected): # a mistake in a record becomes a ValueErr
     try: yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         reason = f"no field {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{str(file)!r} {record}: {reason}; expected {expected}") from None
+        raise ValueError(f"{' '.join(filter(None, (repr(str(file)), record)))}: {reason}; expected {expected}") from None
 
 
 def _present(file, images): # images: {path: the record that names it} -> the paths, if all of them exist
@@ -118,7 +118,7 @@ def rank_made(
             best = scores[1:].max() if len(scores) > 1 else -torch.inf
             right.append(bool(scores[0] > best))
             ties.append(bool(scores[0] == best))
-            asked.append(SimpleNamespace(kind=query.kind, candidates=range(len(query.candidates))))
+            asked.append(SimpleNamespace(kind=query.kind, candidates=found))  # chance counts what is left
     return summarise(torch.tensor(right), asked) | {"ties": sum(ties) / len(ties)}
 
 # %% ../nbs/26_paper.ipynb #9f2f95e5
@@ -197,12 +197,23 @@ def kept_regions(
 VG_FOLDERS = ("images", "VG_100K", "VG_100K_2")
 
 
+def _scenes(table, folder): # yields (record, path, [(query item, box)]) of each image with a kept region
+    for number, record in enumerate(read_json(table)):
+        with _reading(table, f"record {number}", "id and regions with phrase, x, y, width, height"):
+            if not (regions := kept_regions(record["regions"])): continue
+            name = f"{regions[0].get('image_id', record.get('id'))}.jpg"
+            path = next((str(folder / place / name) for place in VG_FOLDERS if (folder / place / name).is_file()), str(folder / VG_FOLDERS[0] / name))
+            boxes = [(region["x"], region["y"], region["x"] + region["width"], region["y"] + region["height"]) for region in regions]
+            scene = [(Item(path, region["phrase"]), box) for region, box in zip(regions, boxes)]
+        yield f"record {number}", path, scene
+
+
 def _cut(image, box, file, path): # box: (left, top, right, bottom), fractions of pixels are rounded -> a PIL image
     left, top, right, bottom = map(round, box)
     if right <= left or bottom <= top: raise ValueError(f"{str(file)!r}: the region {box} of {str(path)!r} is empty; correct or remove it")
     return image.crop((left, top, right, bottom))
 
-# %% ../nbs/26_paper.ipynb #0d6d5eb1
+# %% ../nbs/26_paper.ipynb #23b7531a
 class VGCropEval(EvalSet):
     "Visual Genome: (image, phrase) finds its crop among all kept crops of the image."
     paper_count, unit = 100, "images"
@@ -211,19 +222,12 @@ class VGCropEval(EvalSet):
         folder:str|Path, # region_descriptions_test.json (or region_descriptions.json), and images/, VG_100K/, VG_100K_2/
         images:int=100 # the first with a kept region
     ):
-        folder, self.scenes = Path(folder), []  # (path, kept regions)
-        self.table = _found(folder / "region_descriptions_test.json", folder / "region_descriptions.json")
-        paths = {}
-        for number, record in enumerate(read_json(self.table)):
-            with _reading(self.table, f"record {number}", "id and regions with phrase, x, y, width, height"):
-                if not (regions := kept_regions(record["regions"])): continue
-                name = f"{regions[0].get('image_id', record.get('id'))}.jpg"
-                path = next((str(folder / place / name) for place in VG_FOLDERS if (folder / place / name).is_file()), str(folder / VG_FOLDERS[0] / name))
-                boxes = [(region["x"], region["y"], region["x"] + region["width"], region["y"] + region["height"]) for region in regions]
-                self.scenes.append((path, [(Item(path, region["phrase"]), box) for region, box in zip(regions, boxes)]))
-            paths[path] = f"record {number}"
-            if len(self.scenes) == images: break
-        self.count, self.files = len(self.scenes), (self.table, *_present(self.table, paths))
+        folder, test = Path(folder), "region_descriptions_test.json"
+        self.table = _found(folder / test, folder / "region_descriptions.json")
+        if self.table.name != test: self.notes = (f"the first images of the whole set, not the paper's, for lack of {test}",)
+        found = list(itertools.islice(_scenes(self.table, folder), images))
+        self.scenes = [(path, scene) for _, path, scene in found]
+        self.count, self.files = len(found), (self.table, *_present(self.table, {path: record for record, path, _ in found}))
         self._pairs = functools.lru_cache(maxsize=2)(self._pairs)
 
     def _pairs(self, index):
@@ -244,10 +248,10 @@ class VGCropEval(EvalSet):
     def score(self, model, batch_size:int=256): # a region alone in its image counts as found, as in the original
         row, lone = super().score(model, batch_size), sum(len(regions) == 1 for _, regions in self.scenes)
         n = row["n"] + lone
-        accuracy, chance = ((row[name] * row["n"] + lone) / n for name in ("accuracy", "chance"))
-        return row | {"accuracy": accuracy, "chance": chance, "n": n, "ci95": wilson(accuracy, n), "lone": lone}
+        accuracy, chance, ties = ((row[name] * row["n"] + value * lone) / n for name, value in (("accuracy", 1), ("chance", 1), ("ties", 0)))
+        return row | {"accuracy": accuracy, "chance": chance, "n": n, "ci95": wilson(accuracy, n), "ties": ties, "lone": lone}
 
-# %% ../nbs/26_paper.ipynb #8f6e7a35
+# %% ../nbs/26_paper.ipynb #810e0bc2
 class OpenImagesEval(EvalSet):
     "Open Images by a published list: (image, text) finds the target crop among the list's other crops."
     def __init__(self,
@@ -281,19 +285,18 @@ class OpenImagesEval(EvalSet):
 
     def queries(self): return {self.spec.stem: Made(self.count, self._query)}
 
-# %% ../nbs/26_paper.ipynb #54926875
+# %% ../nbs/26_paper.ipynb #432fb2c7
 def _class_names(folder): # {folder of a class: its name}
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     classes, given = sorted(path.name for path in _found(folder / "val").iterdir() if path.is_dir()), folder / "classnames.json"
     if given.is_file():
-        with _reading(given, "", "{folder: name} with every folder of val/"):
-            names = read_json(given)
-            return {name: names[name] for name in classes}
+        names = read_json(given)
+        with _reading(given, "", "{folder: name} with every folder of val/"): return {name: names[name] for name in classes}
     if len(classes) == len(IMAGENET_CLASSNAMES): return dict(zip(classes, IMAGENET_CLASSNAMES))  # both in the order of WNIDs
     raise FileNotFoundError(f"missing: {str(folder / 'val')!r} has {len(classes)} class folders, expected {len(IMAGENET_CLASSNAMES):,} (n01440764 …); "
                             f"sort the validation images into them, or write {given.name}")
 
-# %% ../nbs/26_paper.ipynb #432fb2c7
+# %% ../nbs/26_paper.ipynb #3bb92cd0
 class ImageNetEval(EvalSet):
     "A folder a class: an image finds its class among the class embeddings."
     paper_count, unit = 50_000, "images"
@@ -332,7 +335,7 @@ class ImageNetEval(EvalSet):
         accuracy = recall_at(ranks, 1)
         return {"accuracy": accuracy, "top5": recall_at(ranks, 5), "chance": 1 / len(classes), "n": self.count, "ci95": wilson(accuracy, self.count)}
 
-# %% ../nbs/26_paper.ipynb #ec0c43e4
+# %% ../nbs/26_paper.ipynb #409934a0
 def _captioned(table): # yields (record, file name, captions) of each image, from either format
     found, captions = read_json(_found(table)), {}
     with _reading(table, "", "images, with sentences (Karpathy) or beside annotations (COCO)"):
@@ -346,7 +349,7 @@ def _captioned(table): # yields (record, file name, captions) of each image, fro
             items = [Item(text=text) for text in texts]
         yield f"image {number}", name, items
 
-# %% ../nbs/26_paper.ipynb #409934a0
+# %% ../nbs/26_paper.ipynb #eb7b919c
 class CaptionEval(EvalSet):
     "COCO and Flickr30k: images find captions and captions find images, among all of the split."
     unit = "images"
@@ -382,7 +385,7 @@ class CaptionEval(EvalSet):
         ranks = {"image to text": ranks_of_right(images, texts, own, owner), "text to image": ranks_of_right(texts, images, owner, own)}
         return {"n": self.count, "captions": len(texts)} | {name: {f"R@{k}": recall_at(found, k) for k in (1, 5, 10)} for name, found in ranks.items()}
 
-# %% ../nbs/26_paper.ipynb #1d69ea86
+# %% ../nbs/26_paper.ipynb #8fa36b65
 SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
 
@@ -407,14 +410,14 @@ class SugarCrepeEval(EvalSet):
     def __getitem__(self, index): return [Pair(self.rows[index].item, self.rows[index].candidates[0])]
     def queries(self): return {"sugarcrepe": self.rows}
 
-# %% ../nbs/26_paper.ipynb #3478eeab
+# %% ../nbs/26_paper.ipynb #a8d2136e
 MMEB_SUBSETS = {subset: column for column, subsets in {
     "Class.": "ImageNet-1K CIFAR-100 N24News HatefulMemes VOC2007 SUN397 Place365 ImageNet-A ImageNet-R ObjectNet Country211",
     "VQA": "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W ScienceQA VizWiz GQA TextVQA",
     "Retr.": "VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA FashionIQ Wiki-SS-NQ OVEN EDIS",
     "Ground.": "MSCOCO RefCOCO RefCOCO-Matching Visual7W-Pointing"}.items() for subset in subsets.split()}  # {subset: its column}
 
-# %% ../nbs/26_paper.ipynb #a8d2136e
+# %% ../nbs/26_paper.ipynb #d723e13f
 class MMEBEval(EvalSet):
     "One subset of MMEB's evaluation: a query finds the first of its row's targets."
     paper_count, unit = 1000, "rows"
@@ -453,7 +456,7 @@ class MMEBEval(EvalSet):
         rows, item = [row for _, row in self._rows()], functools.lru_cache(maxsize=None)(self._item)
         return {self.subset: Made(len(rows), lambda index: self._query(rows[index], item))}
 
-# %% ../nbs/26_paper.ipynb #70df49c9
+# %% ../nbs/26_paper.ipynb #61700c16
 class CachedModel:
     "A model whose embeddings are kept on disk: an item is embedded once, by this process or any before it."
     def __init__(self, model, folder:str|Path, part:int=512): # `model` has `embed_items`; `part`: at most so many items are lost by an interruption
@@ -478,7 +481,7 @@ class CachedModel:
             self.embedded += len(fresh)
         return torch.stack([self.vectors[key] for key in keys])
 
-# %% ../nbs/26_paper.ipynb #2e9a452c
+# %% ../nbs/26_paper.ipynb #6021eb18
 def model_fingerprint(
     model:torch.nn.Module
 ) -> str: # 16 hexadecimal digits
@@ -495,7 +498,7 @@ def data_fingerprint(
     "Equal while none of the set's files changes."
     return hashlib.blake2b(repr([len(source), *map(file_state, source.files)]).encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/26_paper.ipynb #c97ab1a8
+# %% ../nbs/26_paper.ipynb #53f73cb4
 COLUMNS = ("Class.", "VQA", "Retr.", "Ground.", "ImageNet", "VG-Crop", "OI-Crop", "OI-Pos", "TGIT")
 PUBLISHED = {name: dict(zip(COLUMNS, row)) for name, row in {
     "siglip-s-sf-cc3m": (21.5, 12.7, 13.0, 74.8, 8.8, 52.0, 55.2, 45.4, 57.3),
@@ -511,7 +514,7 @@ PUBLISHED = {name: dict(zip(COLUMNS, row)) for name, row in {
     "fuselip-s-cc12m": (25.2, 18.2, 20.1, 75.2, 26.0, 53.5, 64.7, 61.5, 90.6),
     "fuselip-b-cc12m": (31.2, 19.8, 26.2, 82.3, 32.7, 61.5, 71.3, 68.9, 94.2)}.items()}  # per cent
 
-# %% ../nbs/26_paper.ipynb #53f73cb4
+# %% ../nbs/26_paper.ipynb #9e1365be
 def published_row(
     model_id:str # a hub id, a preset's name, or a folder that has one as its name
 ): # (name, {column: per cent}), or None for a model that the paper does not have
@@ -519,7 +522,7 @@ def published_row(
     found = re.search(r"(?:^|[/\\])(fuselip-[sb]|siglip-[sb]-(?:sf|mlf))-(cc3m|cc12m)(?:-mm)?(?:[/\\]model)?[/\\]?$", str(model_id).lower())
     return (f"{found[1]}-{found[2]}", PUBLISHED[f"{found[1]}-{found[2]}"]) if found else None
 
-# %% ../nbs/26_paper.ipynb #523c3e95
+# %% ../nbs/26_paper.ipynb #7e678ac3
 def _coco(root, size):
     karpathy, folder = root / "coco" / "dataset_coco.json", root / "coco"
     if karpathy.is_file(): return CaptionEval(karpathy, folder, 5000)
@@ -534,7 +537,7 @@ def _flickr(root, size):
 
 def _sugarcrepe(root, size): return SugarCrepeEval(root / "sugarcrepe", _found(root / "coco" / "val2017", root / "sugarcrepe" / "val2017"))
 
-# %% ../nbs/26_paper.ipynb #7e678ac3
+# %% ../nbs/26_paper.ipynb #1b17b19b
 SUITE = {"tgit": lambda root, size: TGITEval(root / "cc3m", size), "vg_crop": lambda root, size: VGCropEval(root / "vg"),
          "oi_crop": lambda root, size: OpenImagesEval(root / "openimages" / "oi-crop.json", paper_count=1046),
          "oi_pos": lambda root, size: OpenImagesEval(root / "openimages" / "oi-crop-positional-v3.json", paper_count=2546),
@@ -543,7 +546,7 @@ SUITE = {"tgit": lambda root, size: TGITEval(root / "cc3m", size), "vg_crop": la
 COLUMN_TASKS = {column: [f"mmeb/{subset}" for subset, own in MMEB_SUBSETS.items() if own == column] for column in COLUMNS[:4]} | {
     "ImageNet": ["imagenet"], "VG-Crop": ["vg_crop"], "OI-Crop": ["oi_crop"], "OI-Pos": ["oi_pos"], "TGIT": ["tgit"]}
 
-# %% ../nbs/26_paper.ipynb #1b17b19b
+# %% ../nbs/26_paper.ipynb #ac7266f0
 def suite_sources(
     root:str|Path, # holds cc3m, vg, openimages, imagenet, coco, flickr30k, sugarcrepe, mmeb
     tasks=None, # names of `SUITE`, "mmeb" for all of its subsets; None for everything
@@ -561,7 +564,16 @@ def suite_sources(
         missing = {name: what for name, what in missing.items() if not name.startswith("mmeb/")} | {"mmeb": f"missing: {root / 'mmeb'}"}
     return sources, missing
 
-# %% ../nbs/26_paper.ipynb #0562ef60
+# %% ../nbs/26_paper.ipynb #235c4ade
+def _earlier(path): # what an earlier call wrote, or None
+    if not path.is_file(): return None
+    try:
+        found = read_json(path)
+        return {name: found[name] for name in ("model", "fingerprint", "tasks", "missing")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{str(path)!r} does not hold the results of an evaluation; remove it, or write to another folder") from None
+
+# %% ../nbs/26_paper.ipynb #484fe0eb
 def evaluate_suite(
     model:torch.nn.Module, # with `embed_items` and `image_size`
     root:str|Path, # of the data sets
@@ -574,10 +586,10 @@ def evaluate_suite(
     "Run the tasks whose data is there; what an earlier call finished is not run again, unless the model or the data changed."
     out, fingerprint = Path(out), model_fingerprint(model)
     results, path = {"model": model_id, "fingerprint": fingerprint, "tasks": {}, "missing": {}}, out / "results.json"
-    if path.is_file() and (found := read_json(path))["fingerprint"] != fingerprint:
+    if (found := _earlier(path)) and found["fingerprint"] != fingerprint:
         say(f"{path} is of another model ({found['model'] or found['fingerprint']}): kept as {out / found['fingerprint']}.json, and every task is run again")
         write_json(out / f"{found['fingerprint']}.json", found)
-    elif path.is_file(): results["tasks"] = found["tasks"]
+    elif found: results["tasks"] = found["tasks"]
     sources, results["missing"] = suite_sources(root, tasks, model.image_size)
     cached = CachedModel(model, out / "embeddings" / fingerprint)
     for name, source in sources.items():
@@ -592,28 +604,36 @@ def evaluate_suite(
     write_json(path, results)
     return results
 
-# %% ../nbs/26_paper.ipynb #5d229b21
+# %% ../nbs/26_paper.ipynb #1ddb408f
 def suite_table(
     results:dict, # from `evaluate_suite`
     model_id:str="" # decides the published row; by default the results' own
 ) -> str:
     "The paper's nine columns beside the published row, the other sets, and what was not run, as Markdown."
-    done, published = results["tasks"], published_row(model_id or results["model"])
+    done, published = _shown(results), published_row(model_id or results["model"])
     row = {}
     for column, names in COLUMN_TASKS.items():
         whole = all(name in done for name in names)
-        star = "*" if whole and any(done[name]["remarks"] for name in names) else ""
+        star = _star(*(done[name] for name in names)) if whole else ""
         row[column] = f"{100 * sum(done[name]['accuracy'] for name in names) / len(names):.1f}{star}" if whole else "–"
     lines = [f"| % | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|", f"| this run | {' | '.join(row.values())} |"]
     if published: lines.append(f"| published, {published[0]} | {' | '.join(f'{value:.1f}' for value in published[1].values())} |")
     else: lines += ["", f"No row of the paper belongs to the model {model_id or results['model'] or '(without a name)'}."]
     if others := _other_rows(done): lines += ["", "| other sets, % | |", "|---|---|", *others]
     remarks = {name: "; ".join(found["remarks"]) for name, found in done.items() if found["remarks"]}
-    titled = {"Not run, for lack of data (`fuselip-edu data check` says where it comes from)": results["missing"],
-              "Marked *, since it cannot be compared with the published numbers": remarks}
+    titled = {"Not run, for lack of data (`fuselip-edu data list` says which set a task reads, `fuselip-edu data check` where it comes from)": results["missing"],
+              "Marked *, since it cannot be compared with published numbers": remarks}
     for title, entries in titled.items():
         if entries: lines += ["", f"{title}:", "", *_grouped(entries)]
     return "\n".join(lines)
+
+# %% ../nbs/26_paper.ipynb #ee1c3cd6
+def _shown(results): # the tasks in the suite's order, without those whose data is missing now
+    gone = lambda name: name in results["missing"] or name.partition("/")[0] in results["missing"]
+    return {name: results["tasks"][name] for name in SUITE if name in results["tasks"] and not gone(name)}
+
+
+def _star(*rows): return "*" if any(row["remarks"] for row in rows) else ""
 
 
 def _grouped(entries): # {task: what} -> a line for each different what
@@ -621,13 +641,13 @@ def _grouped(entries): # {task: what} -> a line for each different what
     for name, what in entries.items(): names.setdefault(what, []).append(name)
     return [f"- {found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: {what}" for what, found in names.items()]
 
-# %% ../nbs/26_paper.ipynb #cf1c047b
+# %% ../nbs/26_paper.ipynb #adf2e1b3
 def _other_rows(done): # lines of the table: what the paper's nine columns do not hold
     percent = lambda value: f"{100 * value:.1f}"
-    rows = [f"| {name}, {way} | {', '.join(f'{k} {percent(value)}' for k, value in done[name][way].items())} |"
+    rows = [f"| {name}, {way}{_star(done[name])} | {', '.join(f'{k} {percent(value)}' for k, value in done[name][way].items())} |"
             for name in ("coco", "flickr30k") if name in done for way in ("image to text", "text to image")]
-    if "imagenet" in done: rows.append(f"| imagenet, top 5 | {percent(done['imagenet']['top5'])} |")
+    if "imagenet" in done: rows.append(f"| imagenet, top 5{_star(done['imagenet'])} | {percent(done['imagenet']['top5'])} |")
     if "sugarcrepe" in done:
         kinds = ", ".join(f"{kind} {percent(found['accuracy'])}" for kind, found in done["sugarcrepe"].get("kinds", {}).items())
-        rows.append(f"| sugarcrepe | {percent(done['sugarcrepe']['accuracy'])} ({kinds}) |")
+        rows.append(f"| sugarcrepe{_star(done['sugarcrepe'])} | {percent(done['sugarcrepe']['accuracy'])} ({kinds}) |")
     return rows

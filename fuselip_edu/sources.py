@@ -228,7 +228,8 @@ def read_rows(
     for number, (line, row) in enumerate(rows):
         for column in columns:
             if column not in row:
-                raise ValueError(f"{str(path)!r} line {line} has the columns {', '.join(row) or '(none)'}; expected {', '.join(columns)}")
+                where = f" line {line}" if line else ""  # a Parquet file has no line with its columns
+                raise ValueError(f"{str(path)!r}{where} has the columns {', '.join(row) or '(none)'}; expected {', '.join(columns)}")
         if number or path.suffix == ".jsonl": yield line, {column: "" if row[column] is None else row[column] for column in columns}
 
 # %% ../nbs/12_sources.ipynb #2f5efe61
@@ -279,7 +280,7 @@ class TableSource:
     @property
     def groups(self): return [[index] for index in range(len(self))]
 
-# %% ../nbs/12_sources.ipynb #2bc79a5f
+# %% ../nbs/12_sources.ipynb #98b5f245
 PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -304,7 +305,7 @@ def _shard_samples(shard): # -> list of (picture's name, start, size, caption's 
     if not samples: raise ValueError(f"{str(shard)!r} has no KEY.jpg with a KEY.txt; expected a shard of pictures and captions")
     return samples
 
-# %% ../nbs/12_sources.ipynb #e7472136
+# %% ../nbs/12_sources.ipynb #571b97a5
 PLACES = ("name", "start", "size", "text_start", "text_size")
 
 
@@ -324,7 +325,7 @@ def shard_index(
         np.savez(file, stamp=np.array(stamp), samples=samples)
     return samples
 
-# %% ../nbs/12_sources.ipynb #e13462a6
+# %% ../nbs/12_sources.ipynb #41594ac0
 class ShardSource:
     "Image → caption from WebDataset shards, any item at any time; every item alone."
     def __init__(self,
@@ -354,7 +355,7 @@ class ShardSource:
     @property
     def groups(self): return [[index] for index in range(len(self))]
 
-# %% ../nbs/12_sources.ipynb #f8bce1db
+# %% ../nbs/12_sources.ipynb #4fe67a19
 PAIRS_AN_IMAGE = sum(WEIGHTS[kind] * TRAIN_COUNT[kind] for kind in KINDS)  # of a transformed image, on average
 
 
@@ -364,7 +365,7 @@ def plain_chance(
     "The chance of a plain item that leads to a wanted share of plain pairs."
     return share * PAIRS_AN_IMAGE / (1 + share * (PAIRS_AN_IMAGE - 1))
 
-# %% ../nbs/12_sources.ipynb #5cfae061
+# %% ../nbs/12_sources.ipynb #50e653c0
 def random_resized_crop(
     image, # anything that `load_image` takes
     size:int, # side of the result in pixels
@@ -380,7 +381,7 @@ def random_resized_crop(
         top, left, height, width = RandomResizedCrop.get_params(pixels, scale, ratio)
     return resize_image(pixels[:, top:top + height, left:left + width], size)
 
-# %% ../nbs/12_sources.ipynb #3d22a774
+# %% ../nbs/12_sources.ipynb #c1d7b8e7
 class AugmentedSource:
     "Image → caption pairs of a source, of which now and then one becomes a group of text-guided transformations."
     def __init__(self,
@@ -405,7 +406,7 @@ class AugmentedSource:
     @property
     def groups(self): return self.source.groups
 
-# %% ../nbs/12_sources.ipynb #3d05ec4f
+# %% ../nbs/12_sources.ipynb #2c4b30b5
 def data_files(
     place:str|Path,
     pattern:str # of the names of files, in the folder or below
@@ -430,7 +431,7 @@ def load_rows(
     with tempfile.TemporaryDirectory() if streaming else contextlib.nullcontext() as cache:  # None: where `datasets` keeps what it converts
         return load_dataset(builder if files else str(place), data_files={"train": files} if files else None, split="train", streaming=streaming, cache_dir=cache)
 
-# %% ../nbs/12_sources.ipynb #faa380e2
+# %% ../nbs/12_sources.ipynb #33023d38
 def _expect_columns(where, found, columns):
     if set(columns) - set(found): raise ValueError(f"{where} has the columns {', '.join(found)}; expected {', '.join(columns)}")
 
@@ -446,7 +447,7 @@ def edit_pairs(
             Pair(Item(after, inverse), Item(before)) if inverse else None,
             Pair(Item(before, edit), Item(after, described)) if edit and described else None]
 
-# %% ../nbs/12_sources.ipynb #33023d38
+# %% ../nbs/12_sources.ipynb #536f5708
 class HQEditSource:
     "Three pairs a row of HQ-Edit (`edit_pairs`), each an item; the first two share a batch."
     columns = ("input_image", "output_image", "edit", "inverse_edit", "output")
@@ -487,7 +488,7 @@ class HQEditSource:
         rows = len(self.data)
         return [[i, rows + i] for i in range(rows)] + [[2 * rows + i] for i in range(rows)]
 
-# %% ../nbs/12_sources.ipynb #6ea717f0
+# %% ../nbs/12_sources.ipynb #93af7fee
 def read_json(
     path:str|Path
 ):
@@ -519,7 +520,7 @@ def _genome_picture(folder, image_id, where): # the path of the image, which may
 
 def _fours(n): return [[i, i + 1, i + 2, i + 3] for i in range(0, n // 4 * 4, 4)]
 
-# %% ../nbs/12_sources.ipynb #dd841f58
+# %% ../nbs/12_sources.ipynb #0825c7ea
 @functools.lru_cache(maxsize=4)
 def _decoded(path): return read_image(path)  # neighbouring regions share the picture, and the very same object
 
@@ -550,7 +551,7 @@ class RegionSource:
     @property
     def groups(self): return _fours(len(self))
 
-# %% ../nbs/12_sources.ipynb #0825c7ea
+# %% ../nbs/12_sources.ipynb #568ff870
 class QuestionSource:
     "(image, question) → answer without its final dot, from Visual Genome; four consecutive questions share a batch."
     def __init__(self,
@@ -574,7 +575,7 @@ class QuestionSource:
     @property
     def groups(self): return _fours(len(self))
 
-# %% ../nbs/12_sources.ipynb #40c44bb7
+# %% ../nbs/12_sources.ipynb #6b133b18
 HATEFUL = "Represent the given image for binary classification to determine whether it constitutes hateful speech or not"
 PROMPTS = sorted((HATEFUL, "Represent the given image with the following question:", "Represent the given image for classification",
     "Represent the given news image with the following caption for domain classification:", "Represent the given image.", "Represent the given image",
@@ -605,11 +606,11 @@ def mmeb_text(
     if subset in ("ImageNet-1K", "ImageNet_1K"): text = text.split(",")[0]
     return (PREFIXES.get(subset, "") * target + text.strip()).strip()
 
-# %% ../nbs/12_sources.ipynb #6b133b18
+# %% ../nbs/12_sources.ipynb #1d62f80a
 MMEB_SETS = ("ImageNet_1K", "N24News", "HatefulMemes", "VOC2007", "SUN397", "OK-VQA", "A-OKVQA", "DocVQA", "InfographicsVQA", "ChartQA", "Visual7W",
              "VisDial", "CIRR", "VisualNews_t2i", "VisualNews_i2t", "MSCOCO_t2i", "MSCOCO_i2t", "NIGHTS", "WebQA", "MSCOCO")
 
-# %% ../nbs/12_sources.ipynb #953d1ea5
+# %% ../nbs/12_sources.ipynb #697d1462
 class MMEBSource:
     "(qry, its image) → (pos_text, its image) from the training sets of MMEB; every item alone."
     columns = ("qry", "qry_image_path", "pos_text", "pos_image_path")
@@ -647,7 +648,7 @@ class MMEBSource:
     @property
     def groups(self): return [[index] for index in range(len(self))]
 
-# %% ../nbs/12_sources.ipynb #04bacba5
+# %% ../nbs/12_sources.ipynb #7a91334e
 def open_captions(
     place:str|Path # a folder with shards or a CSV file, or the CSV file itself
 ): # a `ShardSource` or `TableSource`
@@ -659,7 +660,8 @@ def open_captions(
     tables = [table for table in tables if table.name in ("train.csv", "cc3m.csv", "cc12m.csv")] or tables
     if len(tables) == 1: return TableSource(tables[0])
     if tables: raise ValueError(f"{str(place)!r} holds {len(tables)} tables ({', '.join(table.name for table in tables[:4])}); name the one to read")
-    raise FileNotFoundError(f"no shards and no table in {str(place)!r}; expected cc3m-train-0000.tar and so on, or a CSV with the columns path, caption")
+    raise FileNotFoundError(f"no shards and no table in {str(place)!r}; expected cc3m-train-0000.tar and so on, or a CSV with the columns path, caption "
+                            f"(fuselip-edu data list says where to get them)")
 
 
 def open_questions(
@@ -670,7 +672,7 @@ def open_questions(
     if len(tables) != 1: raise FileNotFoundError(f"{len(tables)} tables called *vqa*.csv in {str(place)!r}, expected one; name the file, or make it with fuselip-edu data make-vqa")
     return TableSource(tables[0], "answer", "question")
 
-
+# %% ../nbs/12_sources.ipynb #b90f53a6
 NAMES = "shapes, csv:PATH, cc3m:DIR, cc3m-aug:DIR, cc12m:DIR, cc12m-aug:DIR, cc3m-vqa:PATH.csv, hq-edit:DIR, vg-crop:DIR, vg-vqa:DIR, mmeb:DIR"
 
 
@@ -679,7 +681,8 @@ def open_source(
     scenes:int=10_000, # of shapes
     seed:int=0, # of shapes and of transformations
     size:int=32, # pixels, of shapes and of transformed images
-    tgit:int=1 # transformations a scene, of shapes
+    tgit:int=1, # transformations a scene, of shapes
+    names:str=NAMES # that the error offers
 ): # a source
     "The source that a `--data` flag names."
     kind, _, place = name.partition(":")
@@ -689,10 +692,10 @@ def open_source(
                "cc12m-aug": lambda place: AugmentedSource(open_captions(place), 0.971, seed, size),
                "cc3m-vqa": open_questions, "hq-edit": HQEditSource,
                "vg-crop": RegionSource, "vg-vqa": QuestionSource, "mmeb": MMEBSource}
-    if kind not in openers or not place: raise ValueError(f"unknown data {name!r}; give {NAMES}")
+    if kind not in openers or not place: raise ValueError(f"unknown data {name!r}; give {names}")
     return openers[kind](place)
 
-# %% ../nbs/12_sources.ipynb #7a91334e
+# %% ../nbs/12_sources.ipynb #182a075b
 HUB = {"cc3m": "pixparse/cc3m-wds", "cc12m": "pixparse/cc12m-wds", "hq-edit": "UCSC-VLAA/HQ-Edit"}
 
 
@@ -715,7 +718,7 @@ def stream_groups(
     except (OSError, SyntaxError, tarfile.TarError) as error:
         raise ValueError(f"{str(place)!r} cannot be read after row {count} ({error}); check the files or the connection") from error
 
-# %% ../nbs/12_sources.ipynb #2fb025d7
+# %% ../nbs/12_sources.ipynb #b7d1e7c1
 def source_images(
     source, # anything with `groups` and `source[i]`
     n:int, # at most this many

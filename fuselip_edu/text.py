@@ -62,7 +62,7 @@ class BPE:
     def load(cls, folder): # reads tokenizer.json
         from tokenizers import Tokenizer
         path = Path(folder) / "tokenizer.json"
-        if not path.exists(): raise FileNotFoundError(f"no text tokenizer at {str(path)!r}; was the model saved with save_pretrained?")
+        if not path.exists(): raise FileNotFoundError(f"no text tokenizer at {str(path)!r}; save the model again, or copy that file too")
         try: return cls(Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises no narrower type
             raise ValueError(f"{str(path)!r} is not a text tokenizer ({error}); save or copy it again") from None

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER_SIZES', 'PRESETS', 'TrainConfig', 'learning_rate', 'parameter_groups', 'Batch', 'twins', 'make_batch',
            'contrastive_loss', 'forward', 'masked_losses', 'loss_values', 'backward', 'save_checkpoint',
-           'load_checkpoint', 'RunLog', 'deferred_interrupt', 'update', 'epoch_batches', 'check_world', 'train',
-           'scheduled', 'scalars', 'finish', 'Config', 'paper_training', 'preset', 'text_tokenizer_for', 'build',
-           'open_run', 'differences']
+           'load_checkpoint', 'RunLog', 'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch',
+           'batches_from', 'check_world', 'train', 'scheduled', 'scalars', 'finish', 'Config', 'paper_training',
+           'preset', 'text_tokenizer_for', 'build', 'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
 import contextlib, copy, dataclasses, hashlib, itertools, json, math, signal, sys, threading, time
@@ -47,7 +47,7 @@ class TrainConfig:
     skip_twins: bool = True  # an item that is twice in a batch is no negative of itself; the paper: False
     mask_probability: float = 0.02  # share of tokens hidden; the paper: 0.1
     mask_weight: float = 0.25  # of the masked loss in the total
-    seed: int = 0  # of scenes, weights, order and masks
+    seed: int = 0  # of scenes, weights, order, crops and masks
     device: str = "auto"  # or cpu, cuda, cuda:1, mps
     precision: str = "auto"  # of the model: fp32, or bf16 (losses stay in fp32); auto takes bf16 on cuda. The paper: fp16
     log_every: int = 10  # steps a line of metrics.jsonl
@@ -306,14 +306,35 @@ def epoch_batches(
     mine = range(world.rank * share, (world.rank + 1) * share)
     return list(zip(*[grouped_batches(groups, size, config.seed, epoch, shard, config.shards) for shard in mine]))
 
+# %% ../nbs/16_train.ipynb #1560fb25
+def steps_an_epoch(pairs, config:TrainConfig) -> int:
+    "How many batches the data gives; `ValueError` if not one."
+    steps = len(pairs) // config.shards // (config.batch_size // config.shards)
+    if not steps: raise ValueError(f"{len(pairs)} pairs do not fill one batch of {config.batch_size}; give more data or a smaller --train.batch-size")
+    return steps
 
-def check_world(config, world): # what several processes cannot do is said before they start
+
+def batches_from(first, pairs, config, world): # yields (step, indices, inputs) from step `first` to the last
+    step, per_epoch = first, steps_an_epoch(pairs, config)
+    while step < config.steps:
+        pairs.epoch = step // per_epoch
+        batches = epoch_batches(pairs.groups, config, pairs.epoch, world)[step % per_epoch:][:config.steps - step]
+        for indices, inputs in zip(batches, pairs.batches(batches)):
+            yield step, indices, inputs
+            step += 1
+
+# %% ../nbs/16_train.ipynb #34dff035
+def check_world(
+    config:TrainConfig,
+    world:World
+):
+    "`ValueError` if these processes cannot train with this configuration."
     if config.shards % world.size: raise ValueError(f"train.shards {config.shards} cannot be shared out to {world.size} processes; give --train.shards {world.size}")
     if world.size > 1 and (config.skip_twins or config.loss != "sigmoid"):
         raise ValueError("several processes train with --train.loss sigmoid --train.no-skip-twins; twins in other processes cannot be seen")
     if world.size > 1 and config.seconds: raise ValueError("several processes have no common clock; give --train.steps instead of --train.seconds")
 
-# %% ../nbs/16_train.ipynb #1560fb25
+# %% ../nbs/16_train.ipynb #c9a0df43
 def train(
     model, # a `FuseLIP`, or another model whose `forward` takes what the pairs give
     pairs, # `TokenPairs`, `SourcePairs`, or others with `groups` and `batches`
@@ -326,28 +347,22 @@ def train(
     "Train; with a run folder, Ctrl-C leaves a checkpoint."
     check_world(config, world)
     model.to(world.device if world.size > 1 else pick_device(config.device)).train()
-    per_epoch = len(pairs) // config.shards // (config.batch_size // config.shards)
-    if not per_epoch: raise ValueError(f"{len(pairs)} pairs do not fill one batch of {config.batch_size}; give more data or a smaller --train.batch-size")
+    per_epoch = steps_an_epoch(pairs, config)
     if config.epochs: config = dataclasses.replace(config, steps=config.epochs * per_epoch)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
     first = load_checkpoint(Path(run) / "checkpoints", model, optimizer) if run and resume else 0
     broadcast_parameters(model, world)
-    kept, epoch = Path(run) if run and world.is_main else None, -1
+    kept = Path(run) if run and world.is_main else None
     log = RunLog(kept, first, config, quiet=not world.is_main)
     with deferred_interrupt() as interrupted:
-        for step in range(first, config.steps):
-            if step // per_epoch != epoch:
-                epoch = pairs.epoch = step // per_epoch
-                batches = epoch_batches(pairs.groups, config, epoch, world)[step % per_epoch:]
-                stream = zip(batches, pairs.batches(batches))
-            indices, inputs = next(stream)
+        for step, indices, inputs in batches_from(first, pairs, config, world):
             batch = make_batch(inputs, model, config, step, world.rank)
             lr = scheduled(step, log.elapsed(), config)
             optimizer.zero_grad()
             losses = backward(model, batch, config, world)
             average_gradients(model, world)
-            late = bool(config.seconds) and log.elapsed() > config.seconds
-            losses = gather_values({**losses, "stop": float(bool(interrupted) or late)}, world)
+            stop = bool(interrupted) or 0 < config.seconds < log.elapsed()
+            losses = gather_values({**losses, "stop": float(stop)}, world)  # all processes stop, or none
             stop, done = losses.pop("stop") > 0, step + 1
             if not math.isfinite(losses["loss"]):
                 raise FloatingPointError(f"the loss became {losses['loss']} at step {step}, pairs {[i for shard in indices for i in shard][:8]}…; lower --train.lr")
@@ -359,7 +374,7 @@ def train(
             if stop: break
     return finish(model, log, bool(interrupted), kept)
 
-# %% ../nbs/16_train.ipynb #79d1906d
+# %% ../nbs/16_train.ipynb #b02e80c1
 def scheduled(step, elapsed, config): # the learning rate by steps, or by the clock if that is further on
     lr = learning_rate(step, config.lr, config.warmup_steps, config.steps)
     return min(lr, learning_rate(int(1000 * elapsed / config.seconds), config.lr, 1, 1000)) if config.seconds else lr
@@ -376,7 +391,7 @@ def finish(model, log, interrupted, kept): # -> the log's rows; an interrupt is 
     model.eval()
     return log.rows
 
-# %% ../nbs/16_train.ipynb #b02e80c1
+# %% ../nbs/16_train.ipynb #560b1743
 @dataclass
 class Config:
     "All that decides a run; the defaults are the `tiny` preset."
@@ -391,11 +406,11 @@ class Config:
     encoder: FuseLIPConfig = field(default_factory=FuseLIPConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-# %% ../nbs/16_train.ipynb #512e19ef
+# %% ../nbs/16_train.ipynb #22413629
 def paper_training(
     captions:str # "cc3m" or "cc12m"
 ) -> TrainConfig:
-    "The paper's hyper-parameters (section on training details)."
+    "The paper's hyper-parameters."
     epochs, weight_decay = {"cc3m": (8, 1.0), "cc12m": (16, 0.5)}[captions]
     return TrainConfig(epochs=epochs, batch_size=2048, shards=8, lr=1e-3, warmup_steps=12_000, weight_decay=weight_decay,
                        skip_twins=False, mask_probability=0.1, checkpoint_every=1000)
@@ -410,7 +425,7 @@ for _captions in ("cc3m", "cc12m"):
         PRESETS[f"fuselip-{_size}-{_captions}"] = Config(f"{_captions}-mm:data/cache", tokenizer=_tokenizer, text_vocab=0, ahead=False, workers=8,
                                                          encoder=_encoder, train=paper_training(_captions))
 
-
+# %% ../nbs/16_train.ipynb #c24724f0
 def preset(
     name:str,
     presets:dict=PRESETS # {name: configuration}
@@ -419,7 +434,7 @@ def preset(
     if name not in presets: raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(presets)}")
     return copy.deepcopy(presets[name])
 
-# %% ../nbs/16_train.ipynb #50a90298
+# %% ../nbs/16_train.ipynb #68ef233d
 def text_tokenizer_for(
     source, # whose texts it is trained on
     n_vocab:int # ids; 0 takes CLIP's
@@ -439,10 +454,11 @@ def build(
     image_tokenizer = model.image_tokenizer if model else TiTok.from_pretrained(TINY_TOKENIZER if config.tokenizer == "tiny" else config.tokenizer)
     source = open_data(config.data, config.train.seed, image_tokenizer.config.image_size, scenes=config.scenes, tgit=config.tgit)
     if model is None: model = FuseLIP(config.encoder, image_tokenizer, text_tokenizer_for(source, config.text_vocab))
-    if config.ahead: return model, tokenize_pairs(source_groups(source), model.item_tokenizer)
-    return model, SourcePairs(source, model, config.train.seed, config.workers)
+    pairs = tokenize_pairs(source_groups(source), model.item_tokenizer) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers)
+    steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder
+    return model, pairs
 
-# %% ../nbs/16_train.ipynb #26c9a6a6
+# %% ../nbs/16_train.ipynb #2ba0df95
 def open_run(
     run:str|Path, # folder
     config:dict, # the resolved configuration

@@ -41,7 +41,7 @@ class Vocab:
         "`[image codes] <sot> text <eot>`, cut to the context with `<eot>` kept."
         ids = [self.first_code + int(code) for code in codes] + [self.sot, *text_ids, self.eot]
         if len(ids) <= self.context: return ids
-        if self.original and len(codes) and self.eot in ids[:self.context]: return ids[:self.context]  # a literal end inside the text suffices it
+        if self.original and len(codes) and self.eot in ids[:self.context]: return ids[:self.context]  # a literal end inside the text is enough for it
         return ids[:self.context - 1] + [self.eot]
 
 # %% ../nbs/07_vocab.ipynb #44e42e0e
@@ -79,7 +79,7 @@ def show_sequences(
     for y, sequence in enumerate(sequences):
         if titles: axis.text(-0.8, y, titles[y], ha="right", va="center", fontsize=8)
         for x, id in enumerate(sequence if numbers else ()):
-            axis.text(x, y, id, ha="center", va="center", fontsize=5.5, color="white" if kinds[y][x] == "[MASK]" else "black")
+            axis.text(x, y, id, ha="center", va="center", fontsize=21 * cell, color="white" if kinds[y][x] == "[MASK]" else "black")
     shown = [kind for kind in TOKEN_COLOURS if any(kind in row for row in kinds)]
     axis.legend([plt.Rectangle((0, 0), 1, 1, color=TOKEN_COLOURS[kind]) for kind in shown], shown, ncols=len(shown), fontsize=8, frameon=False,
                 loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, handlelength=1, handleheight=1, columnspacing=1.2)

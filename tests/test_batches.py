@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from fuselip_edu.batches import RECIPES, MixedSource, Sequences, grouped_batches, kept_groups, open_data, tokenize_pairs
+from fuselip_edu.batches import RECIPES, MixedSource, Sequences, SourcePairs, grouped_batches, kept_groups, open_data, tokenize_pairs
 from fuselip_edu.pairs import Item, Pair
 
 
@@ -154,3 +154,23 @@ def test_the_papers_mixtures():
     assert RECIPES["cc3m-mm"] == {"cc3m-aug": 1.0, "hq-edit": 1.0, "cc3m-vqa": 1.0, "vg-crop": 1.0, "vg-vqa": 0.5}
     assert RECIPES["cc12m-mm"] == {"cc12m-aug": 1.0, "hq-edit": 1.0, "cc3m-vqa": 1.0, "vg-crop": 1.0, "vg-vqa": 1.0}
     with pytest.raises(ValueError, match="shapes"): open_data("cc3m-mm")
+    with pytest.raises(ValueError, match="unknown data 'cc3m-mm:'; give shapes, .*, cc3m-mm:ROOT, cc12m-mm:ROOT"): open_data("cc3m-mm:")
+
+
+class Uneven:
+    "A source whose item i has as many pairs as `counts[i]`."
+    groups = [[i] for i in range(6)]
+    counts = (1, 0, 3, 1, 0, 0)
+    def __getitem__(self, index): return [Pair(Item(text=f"{index}.{i}"), Item(text="right")) for i in range(self.counts[index])]
+
+
+class Reader:
+    image_size = 8
+    def collate(self, items): return [item.text for item in items[:len(items) // 2]]
+
+
+def test_every_shard_has_its_size():
+    "Too many pairs are cut off, and where records are empty the first pairs come again, so that all processes see batches of one size."
+    fresh = SourcePairs(Uneven(), Reader())
+    assert list(fresh.batches([[[0, 1, 3]], [[2, 0], [3, 1]]])) == [["0.0", "3.0", "0.0"], ["2.0", "2.1", "3.0", "3.0"]]
+    with pytest.raises(ValueError, match="items 1, 4, 5 of the data have no pairs"): list(fresh.batches([[[1, 4, 5]]]))

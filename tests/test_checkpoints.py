@@ -335,7 +335,7 @@ def test_a_model_that_does_not_fit_is_named(checkpoint, change, message):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"use_eoi": True}, "use_eoi = True"), ({"mask_pad": False}, "mask_pad = False"), ({"mlm_probability": 0.0}, "mlm_probability > 0 = False"),
+    ({"use_eoi": True}, "use_eoi = True"), ({"mask_pad": False}, "mask_pad = False"), ({"mlm_probability": 0.0}, "mlm_probability = 0.0, but only checkpoints with a number above 0"),
     ({"rand_repl_probability": 0.1}, "rand_repl_probability = 0.1"), ({"text_config": {}}, "not the configuration of an original.*width"),
     ({"mlm_probability": None}, "not the configuration of an original"), ({"image_tokenizer": None}, "image_tokenizer None")])
 def test_settings_that_mean_another_model_are_refused(checkpoint, changes, message):
@@ -380,8 +380,37 @@ def test_a_name_that_the_hub_does_not_know(hub):
 def test_a_wrong_path_does_not_ask_the_hub(hub, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(FileNotFoundError, match="config.json is missing"): FuseLIP.from_pretrained(name)
+    with pytest.raises(FileNotFoundError, match=f"no folder '{name}'; check the path, or give a hub id of the form owner/name"): FuseLIP.from_pretrained(name)
     assert not hub.asked
+
+
+@pytest.mark.parametrize("load", [FuseLIP.from_pretrained, TiTok.from_pretrained])
+def test_a_file_or_an_address_is_no_folder(load, hub, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(NotADirectoryError, match="config.json' is a file; give the folder that holds it"): load(tmp_path / "config.json")
+    with pytest.raises(FileNotFoundError, match="no folder 'https://huggingface.co/someone/model'; .*hub id of the form owner/name"): load("https://huggingface.co/someone/model")
+    assert not hub.asked
+
+
+@pytest.mark.parametrize("part, field", [("encoder", "heads"), ("image_tokenizer", "heads"), ("image_tokenizer", "pixel_mean")])
+def test_a_missing_size_is_not_filled_in(ours, tmp_path, part, field):  # the weights would fit another number of heads, and give other vectors
+    ours.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config[part][field]
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(ValueError, match=rf"config.json' does not fit this version \({part}.{field} is missing\)"): FuseLIP.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"encoder": {"heads": 5}}, "sizes that do not go together .*not divisible by 5 heads"), ({"encoder": {"layers": "two"}}, "sizes that do not go together"),
+    ({"encoder": {"context": 4}}, "sizes that do not go together .*context of 4"), ({"image_tokenizer": {"heads": 0}}, "sizes that do not go together"),
+    ({"encoder": {"widht": 3}}, "encoder.widht is not known"), ({"text_tokenizer": "word"}, "text_tokenizer 'word', but only bpe and clip are known"),
+    ({"model": "late_fusion"}, "does not describe a FuseLIP model but 'late_fusion'")])
+def test_a_configuration_that_cannot_be_is_named(ours, tmp_path, changes, message):
+    ours.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | {name: config[name] | value if isinstance(value, dict) else value for name, value in changes.items()})
+    with pytest.raises(ValueError, match=f"config.json'.*{message}"): FuseLIP.from_pretrained(tmp_path)
 
 
 def test_push_to_hub(ours, monkeypatch, tmp_path):

@@ -48,7 +48,7 @@ def run(csv, root, tmp_path_factory):
 def test_help_names_every_command(root):
     done = command("--help", root=root)
     assert done.returncode == 0
-    for name in ("demo", "train", "evaluate", "embed", "train-tokenizer"): assert name in done.stdout
+    for name in ("demo", "train", "evaluate", "embed", "train-tokenizer", "data", "make-vqa", "--suite paper"): assert name in done.stdout
 
 
 def test_train_writes_a_run(run):
@@ -113,6 +113,16 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
     (["train", "--train.lr", "fast"], "fast"),
     (["evaluate", "--model", "no/such/folder"], "no/such/folder"),
     (["train", "--tokenizer", "no/such/folder", "--run", "runs/never"], "no/such/folder"),
+    (["train", "--init", "no/such/folder", "--run", "runs/never"], "no/such/folder"),
+    (["train", "--preset", "tiny-sf", "--tokenizer", "tiny"], "--tokenizer"),
+    (["evaluate", "--suite", "other", "--model", "x"], "unknown suite 'other'; the one suite is paper"),
+    (["data"], "data check NAME"),
+    (["data", "check"], "data check NAME"),
+    (["data", "fetch", "cc3m"], "data check NAME"),
+    (["data", "check", "cc4m"], "cc4m"),
+    (["data", "get", "coco"], "coco"),
+    (["data", "make-vqa", "--captions", "cc3m:no/such", "--model", "m", "--out", "x.csv"], "no/such"),
+    (["data", "make-vqa", "--captions", "cc3m:no/such"], "--model"),
 ])
 def test_wrong_words(words, expected, root): assert expected in failure(*words, root=root)
 
@@ -130,3 +140,27 @@ def test_a_full_disk_while_saving(csv, root, tmp_path):
     message = failure(*TRAIN, "--data", f"csv:{csv}", "--run", tmp_path / "run", root=root, limit=limit)
     assert "could not write" in message
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_data_list_and_check(root, tmp_path):
+    done = command("data", "list", root=root)
+    assert done.returncode == 0 and done.stdout in (root / "data" / "README.md").read_text() and "| `cc3m` |" in done.stdout
+    done = command("data", "check", "vg", "--root", tmp_path, root=root)
+    assert done.returncode == 1 and "region_descriptions" in done.stdout and "Traceback" not in done.stderr
+    assert command("data", "check", "shapes", root=root).returncode == 0
+
+
+def test_the_papers_suite_says_what_it_lacks(run, root, tmp_path):
+    (tmp_path / "data").mkdir()
+    out = tmp_path / "out"
+    done = command("evaluate", "--suite", "paper", "--model", run, "--data-root", tmp_path / "data", "--out", out, root=root)
+    assert done.returncode == 0, done.stderr
+    assert "| this run | – |" in done.stdout and "imagenet" in done.stdout and json.loads((out / "results.json").read_text())["tasks"] == {}
+
+
+def test_baselines_train_evaluate_and_embed(csv, root, tmp_path):
+    done = command("train", "--preset", "tiny-mlf", "--data", f"csv:{csv}", "--train.steps", "2", "--train.batch-size", "4", "--text-vocab", "300", "--train.device", "cpu", "--run", tmp_path / "run", root=root)
+    assert done.returncode == 0, done.stderr
+    for words in (("evaluate", "--data", f"csv:{csv}"), ("embed", "--texts", "a red card")):
+        done = command(*words, "--model", tmp_path / "run", root=root)
+        assert done.returncode == 0 and done.stdout, done.stderr

@@ -242,3 +242,13 @@ def test_core_imports_nothing_slow():
     code = "import sys, fuselip_edu.core; print([name for name in ('torchvision', 'matplotlib', 'PIL', 'safetensors') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("keep", [0, 1, 20, 200])
+@pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])
+def test_a_file_of_weights_cut_short_is_named(name, keep, tmp_path):
+    module = torch.nn.Linear(3, 2)
+    torch.save(module.state_dict(), tmp_path / "model.bin")
+    core.save_weights(module, tmp_path / "model.safetensors")
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:keep] if keep < (tmp_path / name).stat().st_size else b"")
+    with pytest.raises(ValueError, match=name): core.read_weights(tmp_path / name)

@@ -422,10 +422,16 @@ def test_a_model_that_never_obeys_is_stopped(tmp_path):
     assert asked == [0, 64, 128, 192] and not (tmp_path / "vqa.csv").exists()
 
 
+def test_what_cannot_be_written_or_asked_is_one_sentence(tmp_path):
+    make_cc3m(tmp_path)
+    with pytest.raises(ValueError, match="a.txt' does not end in .csv; give"): make_vqa(f"cc3m:{tmp_path}", stub, tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="holds no captions; give a source"): make_vqa([], stub, tmp_path / "a.csv")
+
+
 def test_captions_must_be_captions(tmp_path):
     make_cc3m_vqa(tmp_path)
     with pytest.raises(TypeError, match="item 0 of the captions is not one picture"): make_vqa(f"cc3m-vqa:{tmp_path / 'cc3m_vqa_train_v2.csv'}", stub, tmp_path / "vqa.csv")
-    with pytest.raises(ValueError, match="ends in .csv"): make_vqa(f"cc3m-vqa:{tmp_path / 'cc3m_vqa_train_v2.csv'}", stub, tmp_path / "vqa.json")
+    with pytest.raises(ValueError, match="does not end in .csv"): make_vqa(f"cc3m-vqa:{tmp_path / 'cc3m_vqa_train_v2.csv'}", stub, tmp_path / "vqa.json")
 
 
 @pytest.fixture(scope="module")

@@ -250,6 +250,18 @@ def test_vg_crop_finds_each_kept_crop_among_those_of_its_image(tmp_path):
     assert source.remarks == ["3 images, in the paper 100"]
 
 
+def test_vg_crop_from_the_whole_set_is_marked(tmp_path):
+    assert paper.VGCropEval(make_vg(tmp_path, "region_descriptions.json"), images=1).remarks == [
+        "1 images, in the paper 100", "the first images of the whole set, not the paper's, for lack of region_descriptions_test.json"]
+
+
+def test_vg_accuracy_and_ties_are_what_the_original_prints(tmp_path):
+    class Flat(Known):
+        def embed_items(self, items, batch_size=256): return torch.ones(len(items), 4) / 2
+    row = paper.VGCropEval(make_vg(tmp_path)).score(Flat())
+    assert row["accuracy"] == pytest.approx(1 / 6) and row["accuracy"] + row["ties"] == pytest.approx(1)  # the lone region is found, all others tie
+
+
 def test_vg_errors_name_file_and_record(tmp_path):
     folder = make_vg(tmp_path, "region_descriptions.json")
     records = json.loads((folder / "region_descriptions.json").read_text())
@@ -317,6 +329,15 @@ def test_imagenet_averages_eighty_normalised_prompts(tmp_path):
     assert 0 < share(first) < share(five) < 1  # so that the test could fail
     query = source.queries()["imagenet"][7]  # of class n03
     assert [item.text for item in query.candidates[0]][:2] == ["a bad photo of a missile.", "a photo of many missile."] and len(query.candidates) == 6
+
+
+def test_class_names_that_are_not_json_are_named_once(tmp_path):
+    make_imagenet(tmp_path)
+    path = write(tmp_path / "imagenet" / "classnames.json", "{")
+    with pytest.raises(ValueError) as error: paper.ImageNetEval(tmp_path / "imagenet")
+    assert str(error.value).startswith(f"'{path}' is not JSON") and str(error.value).count("classnames.json") == 1
+    write(path, "{}")
+    with pytest.raises(ValueError, match="classnames.json': no field 'n.*'; expected"): paper.ImageNetEval(tmp_path / "imagenet")
 
 
 def test_imagenet_names_what_is_missing(tmp_path):
@@ -389,6 +410,7 @@ def test_a_tie_is_a_mistake_unless_the_candidates_are_the_same(tmp_path):
     queries = [Query(Item(text="q"), (Item(text="a"), Item(text="b"))), Query(Item(text="q"), (Item(text="a"), Item(text="a")))]
     assert paper.rank_made(Flat(), queries[:1])["accuracy"] == 0 and paper.rank_made(Flat(), queries[:1])["ties"] == 1
     assert paper.rank_made(Flat(), queries[1:])["accuracy"] == 1
+    assert [paper.rank_made(Flat(), [query])["chance"] for query in queries] == [0.5, 1.0]  # of the candidates that are left
     with pytest.raises(ValueError, match="nothing to rank"): paper.rank_made(Flat(), [])
 
 
@@ -441,7 +463,7 @@ def test_the_suite_runs_everything_and_prints_the_nine_columns(tmp_path):
     subsets = [name for name, column in paper.MMEB_SUBSETS.items() if column == "VQA"]
     assert cells[2] == f"{100 * share([results['tasks'][f'mmeb/{name}']['accuracy'] for name in subsets]):.1f}*" and cells[9] == f"{100 * results['tasks']['tgit']['accuracy']:.1f}*"
     assert "| published, fuselip-b-cc3m | 23.3 | 17.5 | 15.0 | 82.4 | 18.1 | 55.8 | 68.1 | 70.8 | 94.3 |" in lines
-    assert any(line.startswith("| coco, text to image | R@1") for line in lines) and "- oi_pos: 5 queries, in the paper 2,546" in lines
+    assert any(line.startswith("| coco, text to image* | R@1") for line in lines) and "- oi_pos: 5 queries, in the paper 2,546" in lines
     assert "- mmeb/ImageNet-1K and 36 more: 5 rows, in the paper 1,000" in lines
 
 
@@ -483,6 +505,47 @@ def test_changed_data_and_another_model_are_computed_again_and_said(tmp_path):
     back = Known()
     paper.evaluate_suite(back, root, out, ["oi_crop"], model_id="one", say=said.append)
     assert not back.seen  # its embeddings are still there
+
+
+def test_a_result_whose_data_is_gone_leaves_the_table_and_comes_back_with_it(tmp_path):
+    root, out, said = tmp_path / "data", tmp_path / "out", []
+    make_openimages(root)
+    first = paper.suite_table(paper.evaluate_suite(Known(), root, out, ["oi_crop"], say=said.append))
+    image = root / "openimages" / "test" / "1.jpg"
+    image.rename(tmp_path / "1.jpg")
+    results = paper.evaluate_suite(Known(), root, out, ["oi_crop"], say=said.append)
+    assert "oi_crop" in results["tasks"] and "test/1.jpg" in results["missing"]["oi_crop"]
+    table = paper.suite_table(results)
+    assert "| this run | – | – | – | – | – | – | – | – | – |" in table and table.count("- oi_crop:") == 1
+    (tmp_path / "1.jpg").rename(image)
+    model = Known()
+    assert paper.suite_table(paper.evaluate_suite(model, root, out, ["oi_crop"], say=said.append)) == first and not model.seen
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"model": "x", "data": "shapes", "tasks": {}}'])
+def test_results_of_something_else_are_left_alone(content, tmp_path):
+    make_openimages(tmp_path / "data")
+    path = write(tmp_path / "out" / "results.json", content)
+    with pytest.raises(ValueError, match="results.json' does not hold the results of an evaluation; remove it, or"): paper.evaluate_suite(Known(), tmp_path / "data", tmp_path / "out", ["oi_crop"])
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("fusion", ["sf", "mlf"])
+def test_a_late_fusion_model_takes_the_suite(fusion, tmp_path):
+    from fuselip_edu.baselines import LateFusion, LateFusionConfig, load_model
+    from fuselip_edu.text import BPE
+    torch.manual_seed(0)
+    LateFusion(LateFusionConfig(fusion, image_layers=1, text_layers=1, width=16, fusion_layers=1, context=128), BPE.train(["what thing caption"], 260)).save_pretrained(tmp_path / f"siglip-s-{fusion}-cc3m")
+    model, root, calls = load_model(tmp_path / f"siglip-s-{fusion}-cc3m"), make_everything(tmp_path / "data"), []
+    run = lambda: paper.evaluate_suite(model, root, tmp_path / "out", model_id=str(tmp_path / f"siglip-s-{fusion}-cc3m"), say=lambda line: None)
+    results = run()
+    assert set(results["tasks"]) == set(paper.SUITE) and f"| published, siglip-s-{fusion}-cc3m |" in paper.suite_table(results)
+    source = paper.OpenImagesEval(root / "openimages" / "oi-crop.json")
+    right = [bool(scores[0] > scores[1:].max()) for scores in (model.embed_items([query.item, *query.candidates])[1:] @ model.embed_items([query.item])[0]
+                                                               for (queries,) in [source.queries().values()] for query in queries)]
+    assert results["tasks"]["oi_crop"]["accuracy"] == pytest.approx(share(right))
+    model.embed_items = lambda items, batch_size=256: calls.append(items)
+    assert run() == results and not calls
 
 
 def test_a_broken_part_of_the_cache_is_embedded_again(tmp_path, capsys):

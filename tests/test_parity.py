@@ -504,7 +504,7 @@ def late(golden): return read(golden, "late_fusion_io.safetensors")
 
 
 @pytest.fixture(scope="module")
-def lengths_of(metadata):
+def late_lengths(metadata):
     eot = metadata["late_fusion"]["text"]["eot"]
     return lambda ids: (ids == eot).int().argmax(1) + 1
 
@@ -527,10 +527,10 @@ def rivals(golden, metadata):
 
 
 @torch.no_grad()
-def test_late_towers(rivals, late, lengths_of):
+def test_late_towers(rivals, late, late_lengths):
     model, ids = rivals["mlf"], late["in.text_ids"]
     close(image_features(model.model.visual, late["in.images_u8"], model.mean, model.std), late["tower.image"])
-    for buckets in (1, 2, 4): close(text_features(model.model.text, ids, lengths_of(ids), buckets), late["tower.text"])
+    for buckets in (1, 2, 4): close(text_features(model.model.text, ids, late_lengths(ids), buckets), late["tower.text"])
 
 
 @torch.no_grad()
@@ -546,11 +546,11 @@ def test_late_fusions(rivals, late):
 @pytest.mark.parametrize("fusion", ["sf", "mlf"])
 @pytest.mark.parametrize("case", ["multimodal", "all_images", "image_only", "text_only"])
 @torch.no_grad()
-def test_late_fusion_end_to_end(rivals, late, lengths_of, metadata, fusion, case):
+def test_late_fusion_end_to_end(rivals, late, late_lengths, metadata, fusion, case):
     ids, n = late["in.text_ids"], len(late["in.text_ids"])
     if case == "image_only": ids = torch.tensor([[metadata["late_fusion"]["text"][name] for name in ("sot", "eot")]]).repeat(n, 1)
     has_image = {"multimodal": late["in.has_image"].bool(), "text_only": torch.zeros(n, dtype=bool)}.get(case, torch.ones(n, dtype=bool))
-    close(rivals[fusion](late["in.images_u8"], has_image, ids, lengths_of(ids)), late[f"{fusion}.{case}"])
+    close(rivals[fusion](late["in.images_u8"], has_image, ids, late_lengths(ids)), late[f"{fusion}.{case}"])
 
 
 def test_every_late_fusion_tensor_is_used(late):

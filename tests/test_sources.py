@@ -430,7 +430,7 @@ def test_rows_of_three_formats(tmp_path):
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "t.parquet")
     for path, first in (("t.csv", 2), ("t.jsonl", 1), ("t.parquet", 1)):
         assert list(read_rows(tmp_path / path, ("b", "a"))) == [(first, {"b": "two, three", "a": "one"}), (first + 1, {"b": "", "a": "1"})]
-        with pytest.raises(ValueError, match=f"{path}' line .* has the columns a, b; expected a, c"): list(read_rows(tmp_path / path, ("a", "c")))
+        with pytest.raises(ValueError, match=f"{path}'.* has the columns a, b; expected a, c"): list(read_rows(tmp_path / path, ("a", "c")))
     for name, content, message in (("u.jsonl", '{"a": 1}\n{"a": ', "u.jsonl' line 2 is not JSON"), ("u.jsonl", "[1]\n", "u.jsonl' line 1 is not a JSON object"),
                                    ("u.parquet", "PAR1", "u.parquet' is not a whole Parquet file"), ("u.txt", "a", "u.txt' is not a table")):
         (tmp_path / name).write_text(content)

@@ -13,8 +13,8 @@ from fuselip_edu.batches import SourcePairs, grouped_batches, tokenize_pairs
 from fuselip_edu.distributed import World
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
-from fuselip_edu.train import (PRESETS, TrainConfig, backward, build, epoch_batches, load_checkpoint, make_batch, parameter_groups, preset,
-                               save_checkpoint, train, twins)
+from fuselip_edu.train import (PRESETS, TrainConfig, backward, batches_from, build, epoch_batches, load_checkpoint, make_batch, parameter_groups, preset,
+                               save_checkpoint, steps_an_epoch, train, twins)
 
 
 def small_model(seed=0, width=32):
@@ -210,3 +210,24 @@ def test_the_papers_presets():
     changed = preset("tiny")
     changed.train.lr = 1.0
     assert PRESETS["tiny"].train.lr != 1.0
+
+
+def test_the_steps_run_on_from_any_place(pairs):
+    config = settings(batch_size=64, shards=2)
+    config.steps = 2 * steps_an_epoch(pairs, config) + 1  # the last epoch is cut short
+    steps = [(step, indices) for step, indices, _ in batches_from(0, pairs, config, World())]
+    assert [step for step, _ in steps] == list(range(config.steps))
+    for first in (1, steps_an_epoch(pairs, config), config.steps - 1, config.steps):
+        assert [(step, indices) for step, indices, _ in batches_from(first, pairs, config, World())] == steps[first:]
+
+
+def test_too_little_data_is_an_error_of_build():
+    config = preset("tiny")
+    config.scenes = 1
+    for config.ahead in (True, False):
+        with pytest.raises(ValueError, match="pairs do not fill one batch of 128; give more data or a smaller --train.batch-size"): build(config)
+
+
+def test_too_little_data_writes_nothing(pairs, tmp_path):
+    with pytest.raises(ValueError, match="do not fill one batch of 4096"): train(small_model(), pairs, settings(batch_size=4096), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
