@@ -19,11 +19,11 @@ from torch import nn
 
 from .batches import Sequences, SourcePairs, open_data
 from .core import load_image, load_weights, pick_device, progress, seed_everything, save_weights, write_json
-from .fuselip import FuseLIP, make_items
+from .fuselip import FuseLIP, ItemEncoder, read_model_config, saved_text_tokenizer
 from .sources import source_groups
-from .text import BPE, CLIPBPE, TEXT_TOKENIZERS
-from .titok import fetch_folder
-from .train import TrainConfig, paper_training, text_tokenizer_for
+from .text import BPE, CLIPBPE
+from .titok import build_from, fetch_folder, saved_config, weights_file
+from .train import TrainConfig, paper_training, steps_an_epoch, text_tokenizer_for
 from .transformer import key_mask
 from .vocab import Vocab, pad_sequences
 
@@ -238,7 +238,7 @@ def embed_late(
     return embeddings[[distinct[pair] for pair in rows]]
 
 # %% ../nbs/18_baselines.ipynb #24bea90f
-class LateFusion(LateFusionEncoder):
+class LateFusion(LateFusionEncoder, ItemEncoder):
     "Images, texts, or both together in, unit vectors out; the rival of `FuseLIP`."
     def __init__(self, config:LateFusionConfig, text_tokenizer:BPE|CLIPBPE):
         super().__init__(config, text_tokenizer.n_vocab)
@@ -261,18 +261,6 @@ class LateFusion(LateFusionEncoder):
         try: return embed_late(self, items, batch_size) if items else torch.zeros(0, self.config.width)
         finally: self.train(was_training)
 
-    def encode(self,
-        images=None, # list of PIL images, paths or (3, h, w) tensors; None where there is no image
-        texts=None, # list of strings; None where there is no text
-        batch_size:int=256
-    ) -> torch.Tensor: # (n, width), unit vectors on the CPU, in order
-        "Embed items: row i is made of image i and text i, either of which may be None."
-        return self.embed_items(make_items(images, texts), batch_size)
-
-    def encode_image(self, images, batch_size:int=256): return self.encode(images, None, batch_size)
-    def encode_text(self, texts, batch_size:int=256): return self.encode(None, texts, batch_size)
-    def encode_multimodal(self, images, texts, batch_size:int=256): return self.encode(images, texts, batch_size)
-
 # %% ../nbs/18_baselines.ipynb #6bcb27f5
 def _save_pretrained(self, folder:str|Path):
     "Write config.json, model.safetensors and the text tokenizer; each file appears whole or not at all."
@@ -287,18 +275,11 @@ def _from_pretrained(cls,
     device:str="cpu" # as `pick_device` takes it
 ):
     "The saved model, ready to encode."
-    folder = fetch_folder(id_or_folder)
-    if (folder / "model" / "config.json").exists(): folder = folder / "model"
+    folder, config = read_model_config(id_or_folder, "LateFusion")
     path = folder / "config.json"
-    if not path.exists(): raise FileNotFoundError(f"no model in {str(folder)!r}: config.json is missing; give a folder written by save_pretrained, or a finished run")
-    try: config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{str(path)!r} is not JSON ({error}); save or copy it again") from None
-    if not isinstance(config, dict) or config.get("model") != "late_fusion":
-        raise ValueError(f"{str(path)!r} does not describe a late-fusion model; give a folder written by LateFusion.save_pretrained")
-    try: towers, kind = LateFusionConfig(**config["towers"]), TEXT_TOKENIZERS[config["text_tokenizer"]]
-    except (KeyError, TypeError) as error: raise ValueError(f"{str(path)!r} does not fit this version ({error}); save the model again") from None
-    model = cls(towers, kind.load(folder))
-    load_weights(model, folder / "model.safetensors")
+    towers, text_tokenizer = saved_config(LateFusionConfig, config.get("towers"), path, "towers."), saved_text_tokenizer(config, path)
+    model = build_from(path, lambda: cls(towers, text_tokenizer))
+    load_weights(model, weights_file(folder))
     return model.to(pick_device(device)).eval()
 
 
@@ -401,8 +382,9 @@ def build_baseline(
     seed_everything(config.train.seed)
     source = open_data(config.data, config.train.seed, config.towers.image_size, scenes=config.scenes, tgit=config.tgit)
     model = LateFusion(config.towers, text_tokenizer_for(source, config.text_vocab))
-    if config.ahead: return model, pixel_pairs(source_groups(source), model)
-    return model, SourcePairs(source, model, config.train.seed, config.workers)
+    pairs = pixel_pairs(source_groups(source), model) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers)
+    steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder
+    return model, pairs
 
 # %% ../nbs/18_baselines.ipynb #4bb97f56
 def load_model(

@@ -70,13 +70,14 @@ def train_command(rest):
     from fuselip_edu.baselines import BASELINE_PRESETS, BaselineConfig, build_baseline
     from fuselip_edu.core import write_json
     from fuselip_edu.distributed import barrier, init_distributed
-    from fuselip_edu.train import PRESETS, build, open_run, preset, train
+    from fuselip_edu.train import PRESETS, build, check_world, open_run, preset, train
     name, rest = take(rest, "--preset", "tiny")
     run, rest = take(rest, "--run", "runs/train")
     resume = "--resume" in rest
     default = preset(name, PRESETS | BASELINE_PRESETS)
     config = arguments(type(default), [word for word in rest if word != "--resume"], "train", default)
     with init_distributed(config.train.device) as world:
+        check_world(config.train, world)
         settings = asdict(config)
         if world.is_main: show_settings(settings)
         folder = open_run(run, settings, resume)
@@ -111,6 +112,7 @@ def evaluate_command(rest):
 
     asked = arguments(Evaluate, rest, "evaluate")
     if asked.suite not in ("", "paper"): raise ValueError(f"unknown suite {asked.suite!r}; the one suite is paper")
+    if asked.suite and asked.out.endswith(".json"): raise ValueError(f"--out {asked.out} must be a folder for the suite, which keeps its embeddings there")
     model = load_model(asked.model, asked.device)
     if asked.suite: return evaluate_paper(model, asked)
     if asked.data == "shapes": tasks = shapes_tasks(asked.queries, asked.seed, model.image_size)
@@ -153,7 +155,8 @@ def embed_command(rest):
 def train_tokenizer_command(rest):
     import torch
     from fuselip_edu.core import seed_everything, write_json
-    from fuselip_edu.sources import open_source, source_images
+    from fuselip_edu.batches import open_data
+    from fuselip_edu.sources import source_images
     from fuselip_edu.titok import TiTok, TiTokConfig, TokenizerTrainConfig, train_tokenizer
     from fuselip_edu.train import preset
 
@@ -175,7 +178,8 @@ def train_tokenizer_command(rest):
     if folder.is_dir() and any(folder.iterdir()): raise ValueError(f"{asked.run!r} is not empty; give another --run, or remove it to train again")
     show_settings(asdict(asked))
     seed_everything(asked.train.seed)
-    images = source_images(open_source(asked.data, asked.scenes, asked.train.seed + 7, asked.model.image_size), asked.images, asked.model.image_size)
+    source = open_data(asked.data, asked.train.seed + 7, asked.model.image_size, scenes=asked.scenes)
+    images = source_images(source, asked.images, asked.model.image_size)
     sample = images[:4000].float() / 255
     config = replace(asked.model, pixel_mean=round(float(sample.mean()), 4), pixel_std=round(float(sample.std()), 4))
     tokenizer = TiTok(config)
@@ -240,7 +244,9 @@ def main(
     try:
         if words[0] not in COMMANDS: raise ValueError(f"unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
         return int(COMMANDS[words[0]](words[1:]) or 0)
-    except KeyboardInterrupt: return 130
+    except KeyboardInterrupt:
+        print("fuselip-edu: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # whoever read the output has stopped, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

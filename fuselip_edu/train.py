@@ -25,7 +25,7 @@ from .fuselip import FuseLIP, FuseLIPConfig
 from .masking import mask_tokens, masked_loss
 from .sources import source_groups
 from .text import BPE, CLIPBPE
-from .titok import TINY_TOKENIZER, TiTok
+from .titok import PUBLISHED, TINY_TOKENIZER, TiTok
 
 # %% ../nbs/16_train.ipynb #d3e68720
 @dataclass
@@ -450,9 +450,11 @@ def build(
 ): # (FuseLIP, pairs for `train`)
     "The model, with fresh weights unless `init` names others, and the data."
     seed_everything(config.train.seed)
+    opened = lambda size: open_data(config.data, config.train.seed, size, scenes=config.scenes, tgit=config.tgit)
+    source = opened(PUBLISHED[config.tokenizer].image_size) if config.tokenizer in PUBLISHED and not config.init else None  # missing data is noticed before a download
     model = FuseLIP.from_pretrained(config.init) if config.init else None
     image_tokenizer = model.image_tokenizer if model else TiTok.from_pretrained(TINY_TOKENIZER if config.tokenizer == "tiny" else config.tokenizer)
-    source = open_data(config.data, config.train.seed, image_tokenizer.config.image_size, scenes=config.scenes, tgit=config.tgit)
+    if source is None: source = opened(image_tokenizer.config.image_size)
     if model is None: model = FuseLIP(config.encoder, image_tokenizer, text_tokenizer_for(source, config.text_vocab))
     pairs = tokenize_pairs(source_groups(source), model.item_tokenizer) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers)
     steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder

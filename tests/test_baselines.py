@@ -211,7 +211,7 @@ def test_other_folders_are_refused(tmp_path, images):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"): LateFusion.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model": "fuselip"}')
-    with pytest.raises(ValueError, match="does not describe a late-fusion model"): LateFusion.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not describe a LateFusion model but 'fuselip'; give a folder written by LateFusion.save_pretrained"): LateFusion.from_pretrained(tmp_path)
     small("sf").save_pretrained(tmp_path)
     with pytest.raises(ValueError): FuseLIP.from_pretrained(tmp_path)
     small("mlf").save_pretrained(tmp_path / "mlf")
