@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_everything', 'pick_device', 'open_file', 'open_archive', 'has_alpha', 'over_white', 'resize_image', 'read_image',
            'describe', 'load_image', 'show_images', 'atomic_path', 'write_json', 'save_tensors', 'save_weights',
-           'read_weights', 'fit_weights', 'load_weights', 'progress']
+           'read_weights', 'fit_weights', 'load_weights', 'progress', 'provenance']
 
 # %% ../nbs/00_core.ipynb #0dd7d01a
 import contextlib, functools, importlib.util, io, json, os, random, sys, time, zipfile
@@ -264,6 +264,17 @@ def progress(
             print(f"{label}: {count}{f' of {total}' if total else ''} after {last - started:.0f} s", file=sys.stderr, flush=True)
 
 # %% ../nbs/00_core.ipynb #3f5dc816
+def provenance(
+    device=torch.device("cpu") # that did the work
+) -> dict: # {"date", "hardware", "versions"}
+    "When, on what and with which versions a result was made."
+    import platform
+    import fuselip_edu
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return {"date": time.strftime("%Y-%m-%d"), "hardware": name,
+            "versions": {"fuselip_edu": fuselip_edu.__version__, "torch": torch.__version__.split("+")[0], "python": platform.python_version()}}
+
+# %% ../nbs/00_core.ipynb #b5b77624
 def _declare_missing_torchvision_operators():
     "Let `torchvision` import beside a torch build that its compiled operators were not made for."
     spec = importlib.util.find_spec("torchvision")

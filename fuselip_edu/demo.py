@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'accuracy_figure', 'loss_figure', 'reconstruction_figure', 'similarity_figure', 'save_figures', 'write_report',
-           'provenance', 'demo']
+           'demo']
 
 # %% ../nbs/25_demo.ipynb #de45951e
-import base64, dataclasses, json, os, platform, random, sys, time
+import base64, dataclasses, json, random, sys, time
 from pathlib import Path
 
 import torch
 
-import fuselip_edu
-from .core import atomic_path, show_images, write_json
+from .core import atomic_path, provenance, show_images, write_json
 from .evaluate import evaluate, results_table, score_queries, shapes_tasks, show_rankings
 from .fuselip import FuseLIP
 from .pairs import Item
@@ -140,15 +139,6 @@ def write_report(
     with atomic_path(run / "report.html") as path: path.write_text(page, encoding="utf-8")
 
 # %% ../nbs/25_demo.ipynb #f9622a43
-def provenance(
-    model:FuseLIP
-) -> dict: # {"date", "hardware", "versions"}
-    "Where and when a result was made."
-    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    return {"date": time.strftime("%Y-%m-%d"), "hardware": name,
-            "versions": {"fuselip_edu": fuselip_edu.__version__, "torch": torch.__version__.split("+")[0], "python": platform.python_version()}}
-
-
 def demo(
     config:Config, # on shapes
     run:str|Path="runs/demo", # folder of the run
@@ -171,7 +161,7 @@ def demo(
         tested = evaluate(model, tasks)
         figures = save_figures(run / "figures", model, rows, tasks, tested)
         results = {"model": "fuselip-tiny", "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "tasks": tested,
-                   "seconds": round(time.monotonic() - started, 1), "pairs": rows[-1]["pairs"], "seed": config.train.seed, **provenance(model)}
+                   "seconds": round(time.monotonic() - started, 1), "pairs": rows[-1]["pairs"], "seed": config.train.seed, **provenance(model.device)}
         write_report(run, results, figures, dataclasses.asdict(config))
         write_json(finished, results)
     print(f"\n{results_table(results['tasks'])}\n\nreport: {run / 'report.html'}")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fuselip_edu import paper
+from fuselip_edu import evaluate, paper
 from fuselip_edu.core import load_image
 from fuselip_edu.pairs import Item, Query
 from fuselip_edu.transforms import EVAL_COUNT, KINDS, transform_pairs
@@ -597,9 +597,9 @@ def test_a_broken_file_stops_the_suite_before_anything_is_embedded(tmp_path):
 
 
 def test_published_rows():
-    assert len(paper.PUBLISHED) == 12 and all(list(row) == list(paper.COLUMNS) for row in paper.PUBLISHED.values())
+    assert len(evaluate.PUBLISHED) == 12 and all(list(row) == list(paper.COLUMNS) for row in evaluate.PUBLISHED.values())
     for model_id, name in {"chs20/FuseLIP-S-CC3M-MM": "fuselip-s-cc3m", "FuseLIP-B-CC12M-MM": "fuselip-b-cc12m", "runs/siglip-b-mlf-cc12m/model": "siglip-b-mlf-cc12m",
                            "siglip-s-sf-cc3m": "siglip-s-sf-cc3m"}.items():
-        assert paper.published_row(model_id) == (name, paper.PUBLISHED[name])
+        assert paper.published_row(model_id) == (name, evaluate.PUBLISHED[name])
     for model_id in ("", "runs/demo", "my-fuselip-s-cc3m", "fuselip-s-cc3m-ablation", "siglip-s-cc3m"): assert paper.published_row(model_id) is None
-    assert paper.PUBLISHED["fuselip-b-cc3m"]["TGIT"] == 94.3 and paper.PUBLISHED["siglip-s-mlf-cc12m"]["OI-Crop"] == 72.2
+    assert evaluate.PUBLISHED["fuselip-b-cc3m"]["TGIT"] == 94.3 and evaluate.PUBLISHED["siglip-s-mlf-cc12m"]["OI-Crop"] == 72.2
