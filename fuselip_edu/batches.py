@@ -124,7 +124,7 @@ class Sequences:
 # %% ../nbs/13_batches.ipynb #c9408d6d
 @dataclass
 class TokenPairs:
-    "Pairs as ids, with the groups that share a batch: all that training reads."
+    "Pairs as ids, all in memory, with the groups that share a batch."
     left: Sequences
     right: Sequences
     groups: list  # of lists of pair indices

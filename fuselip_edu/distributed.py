@@ -75,7 +75,7 @@ def init_distributed(
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.size,
                             timeout=timedelta(seconds=timeout), device_id=world.device if on_gpu else None)
     yield world
-    dist.barrier(device_ids=[world.local_rank] if on_gpu else None)  # a rank that leaves early, while others still write, can abort in its exit (gloo)
+    barrier(world)  # a rank that leaves early, while others still write, can abort in its exit (gloo)
     dist.destroy_process_group()  # not after an error: it would wait for the others, who wait for this one
 
 # %% ../nbs/15_distributed.ipynb #e9bb8849

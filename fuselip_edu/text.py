@@ -77,7 +77,8 @@ class CLIPBPE:
     ):
         import regex
         from open_clip.tokenizer import SimpleTokenizer
-        self.tokenizer, words = SimpleTokenizer(), SimpleTokenizer().pat
+        self.tokenizer = SimpleTokenizer()
+        words = self.tokenizer.pat
         if not original: self.tokenizer.pat = regex.compile(words.pattern.removeprefix("<start_of_text>|<end_of_text>|"), words.flags)
 
     def clean(self, text:str) -> str:

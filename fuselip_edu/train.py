@@ -330,6 +330,8 @@ def check_world(
 ):
     "`ValueError` if these processes cannot train with this configuration."
     if config.shards % world.size: raise ValueError(f"train.shards {config.shards} cannot be shared out to {world.size} processes; give --train.shards {world.size}")
+    if config.batch_size // world.size % config.accumulation:
+        raise ValueError(f"train.accumulation {config.accumulation} does not divide the {config.batch_size // world.size} pairs of each process; give --train.accumulation 1 or a divisor of that")
     if world.size > 1 and (config.skip_twins or config.loss != "sigmoid"):
         raise ValueError("several processes train with --train.loss sigmoid --train.no-skip-twins; twins in other processes cannot be seen")
     if world.size > 1 and config.seconds: raise ValueError("several processes have no common clock; give --train.steps instead of --train.seconds")

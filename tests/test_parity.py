@@ -21,8 +21,9 @@ from fuselip_edu.masking import mask_tokens, masked_loss
 from fuselip_edu.text import CLIPBPE
 from fuselip_edu.titok import TiTok, TiTokConfig
 from fuselip_edu.train import learning_rate, parameter_groups
-from fuselip_edu.transforms import EVAL_COUNT, KINDS, crop, grayscale, jitter, rotate, transform_pairs
+from fuselip_edu.transforms import EVAL_COUNT, KINDS, grayscale, transform_pairs
 from fuselip_edu.vocab import Vocab
+from test_transforms import FORMS, apply
 
 USED = set()
 
@@ -419,11 +420,6 @@ def test_only_literal_specials_are_encoded_otherwise_by_ours(strings):
 
 # ---- transformations
 
-FORMS = {"crop": r"crop to (upper|center|lower) (left|center|right)",
-         "rotate": r"rotate (\d0) degrees (clockwise|counter-clockwise)",
-         "jitter": " and ".join(rf"(in|de)crease {name} by factor (\d\.\d)" for name in ("brightness", "contrast", "saturation")),
-         "flip": r"(horizontal|vertical) flip",
-         "colour": r"grayscale|colorize"}
 THEIRS = {"crop": "randomcrop", "rotate": "rotate", "jitter": "colorjitterv2", "flip": "flip", "colour": "colorize_grayscale"}
 
 
@@ -434,17 +430,6 @@ def tgit(golden): return read(golden, "tgit.safetensors"), read(golden, "tgit.js
 def difference(a, b):
     assert a.shape == b.shape and a.dtype == b.dtype == torch.uint8
     return int((a.int() - b.int()).abs().max())
-
-
-def apply(left, text):
-    "The change that an instruction names."
-    if found := re.fullmatch(FORMS["crop"], text):
-        return crop(left, ("upper", "center", "lower").index(found[1]), ("left", "center", "right").index(found[2]))
-    if found := re.fullmatch(FORMS["rotate"], text): return rotate(left, int(found[1]) * (1 if found[2] == "counter-clockwise" else -1))
-    if found := re.fullmatch(FORMS["jitter"], text): return jitter(left, *map(float, found.group(2, 4, 6)))
-    if found := re.fullmatch(FORMS["flip"], text): return left.flip(2 if found[1] == "horizontal" else 1)
-    if text == "grayscale": return grayscale(left)
-    raise AssertionError(f"no form fits {text!r}")
 
 
 def test_evaluation_resize(tgit):

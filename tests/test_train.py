@@ -155,6 +155,8 @@ def test_shards_are_the_papers_ranks(pairs):
 
 def test_more_processes_than_shards_is_an_error(pairs):
     with pytest.raises(ValueError, match="--train.shards 2"): train(small_model(), pairs, settings(skip_twins=False), world=World(0, 2))
+    with pytest.raises(ValueError, match="accumulation 8 does not divide the 12 pairs"):
+        train(small_model(), pairs, settings(batch_size=24, shards=2, accumulation=8, skip_twins=False), world=World(0, 2))
     with pytest.raises(ValueError, match="no-skip-twins"): train(small_model(), pairs, settings(shards=2), world=World(0, 2))
 
 
