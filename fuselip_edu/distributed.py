@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # while there are no processes: its functions take the group of all processes as a default and, loaded later, keep it alive into the exit
 from torch.autograd.function import once_differentiable
 
 from .contrastive import _check_pairs, _sigmoid_rows, sigmoid_loss
@@ -75,7 +76,6 @@ def init_distributed(
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.size,
                             timeout=timedelta(seconds=timeout), device_id=world.device if on_gpu else None)
     yield world
-    barrier(world)  # a rank that leaves early, while others still write, can abort in its exit (gloo)
     dist.destroy_process_group()  # not after an error: it would wait for the others, who wait for this one
 
 # %% ../nbs/15_distributed.ipynb #e9bb8849

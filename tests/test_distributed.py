@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import socket
 import time
+import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
@@ -156,8 +158,10 @@ def process(number, ports, golden, folder):
     with join(number, 5, ports[0]) as world: found = losses_of_five(world, golden) | exchange(world)
     size, rank, port = (3, number, ports[1]) if number < 3 else (2, number - 3, ports[2])
     with join(rank, size, port) as world:
+        group = weakref.ref(dist.group.WORLD)
         for accumulation in (1, 2):
             found |= {f"train{accumulation}.{name}": value for name, value in training(world, dealt(rank, size), accumulation).items()}
+    found["group_kept"] = group() is not None
     save_file({name: torch.as_tensor(value).detach().contiguous().clone() for name, value in found.items()}, f"{folder}/{number}.safetensors")
     if number < 3: return
     with join(rank, 2, ports[3]) as world:
@@ -276,6 +280,11 @@ def test_gradients_are_averaged_and_a_missing_one_counts_as_0(found):
 
 def test_values_are_averaged_and_one_nan_or_stop_is_seen_by_all(found):
     for rank in found: assert rank["gather.rank"] == 2 and rank["gather.broken"].isnan() and rank["gather.stop"] > 0
+
+
+def test_nothing_of_the_group_outlives_it(found):
+    "Its threads would run on into the exit of Python, where one that frees a tensor aborts the process."
+    assert [bool(result["group_kept"]) for result in found] == [False] * 5
 
 
 def test_in_one_process_nothing_happens():
