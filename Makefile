@@ -29,11 +29,13 @@ notebooks: $(ready)
 tiny: $(ready)
 	$(bin)/fuselip-edu train-tokenizer --preset tiny --run runs/tiny-tokenizer --export data/tiny
 
-# Repeats the committed results: the demo from scratch, and the small real sets that FUSELIP_DATA names.
+# Repeats the committed results from scratch: the demo, the comparison of models, and the small real sets that FUSELIP_DATA names.
 results: $(ready)
 	rm -rf runs/results
-	$(bin)/fuselip-edu demo --run runs/results --seed $(SEED)
-	cp runs/results/results.json data/results/demo.json
+	$(bin)/fuselip-edu demo --run runs/results/demo --seed $(SEED)
+	cp runs/results/demo/results.json data/results/demo.json
+	$(bin)/fuselip-edu reproduce --preset tiny --seeds 3 --run runs/results/reproduce
+	cp runs/results/reproduce/results.json data/results/reproduce.json
 	$(bin)/python tests/real_sets.py
 
 clean:

@@ -8,7 +8,7 @@ __all__ = ['TEMPLATES', 'PAPER_COLUMN', 'COLUMNS', 'PUBLISHED', 'as_prompts', 'e
            'shapes_tasks', 'results_table', 'published_row']
 
 # %% ../nbs/17_evaluate.ipynb #f0fba0ea
-import math, random, re
+import functools, math, random, re
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +161,7 @@ def recall_at(
     return int((ranks < k).sum()) / len(ranks)
 
 # %% ../nbs/17_evaluate.ipynb #7857c289
-TEMPLATES = ("a {}", "a small {}", "a large {}", "a {} in the center", "a {} on a plain white background")
+TEMPLATES = ("a {}", "a small {}", "a large {}", "a {} in the center")
 PAPER_COLUMN = {"classification": "Class.", "vqa": "VQA", "retrieval": "Retr.", "grounding": "Ground.", "zero_shot": "ImageNet",
                 "region_crop": "VG-Crop", "object_crop": "OI-Crop", "position": "OI-Pos", "tgit": "TGIT", "false_captions": "SugarCrepe"}
 
@@ -176,22 +176,35 @@ def _query(item, right, others, kind=""): # others that equal the right one are 
     return [Query(item, (right, *others), kind)] if others else []
 
 # %% ../nbs/17_evaluate.ipynb #920230c7
-def _name_the_object(scenes, rng, size, labels, wanted): # {name: candidate}; only objects with a wanted name are asked for
-    queries = []
-    while len(queries) < len(scenes):
-        scene = shapes.sample_scene(rng, "test", 1)
-        if (name := scene.objects[0].name) in wanted: queries += _query(Item(shapes.render(scene, size)), labels[name], labels.values())
-    return queries
+def _what_is_it(pictures, labels, templates, kind=""): # `pictures`: of (label, image)
+    candidates = {label: tuple(Item(text=template.format(label)) for template in templates) for label in labels}
+    return [query for label, image in pictures for query in _query(Item(image), candidates[label], candidates.values(), kind)]
+
+
+@functools.lru_cache(maxsize=None)
+def _lone_objects(split): # every scene of one object: they are few, so that none is asked twice
+    things = [shapes.Object(*reversed(name.split()), size, *place) for name in shapes.NAMES for size in shapes.SIZES for place in shapes.free_places((), size)]
+    scenes = [shapes.Scene((thing,), tone, texture) for thing in things for tone in shapes.TONES for texture in shapes.TEXTURES]
+    return [scene for scene in scenes if shapes.split_of(scene) == split]
+
+
+def _single_objects(n, rng, size, split): # -> (name, image)
+    scenes = _lone_objects(split)
+    return [(scene.objects[0].name, shapes.render(scene, size)) for scene in rng.sample(scenes, min(n, len(scenes)))]
 
 
 def _classification(scenes, rng, size):
-    labels = {name: Item(text=f"a {name}") for name in shapes.FAMILIAR}
-    return _name_the_object(scenes, rng, size, labels, shapes.FAMILIAR)
+    close_ups = [(thing.name, shapes.region(image, thing)) for scene, image in scenes for thing in [rng.choice(scene.objects)]]
+    backgrounds = [(f"{scene.texture} {scene.tone} background", image) for scene, image in scenes]
+    every_background = [f"{texture} {tone} background" for texture in shapes.TEXTURES for tone in shapes.TONES]
+    return [*_what_is_it(_single_objects(len(scenes), rng, size, "test"), shapes.FAMILIAR, TEMPLATES[:1], "object"),
+            *_what_is_it(close_ups, shapes.FAMILIAR, TEMPLATES[:1], "close-up"), *_what_is_it(backgrounds, every_background, TEMPLATES[:1], "background")]
 
 
-def _zero_shot(scenes, rng, size):
-    labels = {name: tuple(Item(text=template.format(name)) for template in TEMPLATES) for name in shapes.NAMES}
-    return _name_the_object(scenes, rng, size, labels, set(shapes.NAMES) - set(shapes.FAMILIAR))
+def _zero_shot(scenes, rng, size): return _what_is_it(_single_objects(len(scenes), rng, size, "test"), shapes.FAMILIAR, TEMPLATES)
+
+
+def _unseen(scenes, rng, size): return _what_is_it(_single_objects(len(scenes), rng, size, "unseen"), shapes.NAMES, TEMPLATES)
 
 # %% ../nbs/17_evaluate.ipynb #fda05637
 def _vqa(scenes, rng, size):
@@ -269,7 +282,8 @@ def _false_captions(scenes, rng, size):
 
 
 _TASKS = {"classification": _classification, "vqa": _vqa, "retrieval": _retrieval, "grounding": _grounding, "zero_shot": _zero_shot,
-          "region_crop": _region_crop, "object_crop": _object_crop, "position": _position, "tgit": _tgit, "false_captions": _false_captions}
+          "region_crop": _region_crop, "object_crop": _object_crop, "position": _position, "tgit": _tgit, "false_captions": _false_captions,
+          "unseen": _unseen}
 
 # %% ../nbs/17_evaluate.ipynb #f001775a
 def shapes_tasks(
@@ -278,7 +292,7 @@ def shapes_tasks(
     size:int=32, # pixels
     names=tuple(_TASKS) # which tasks
 ) -> dict: # {name: list of `Query`}
-    "The paper's nine columns and hard false captions, on scenes that training never shows."
+    "The paper's nine columns, hard false captions and unseen names, on scenes that training never shows."
     if n < 20: raise ValueError(f"{n} test scenes are too few to draw wrong candidates from; give at least 20")
     test = [shapes.scene_at(i, seed, "test") for i in range(n)]
     scenes = [(scene, shapes.render(scene, size)) for scene in test]

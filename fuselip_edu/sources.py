@@ -7,20 +7,23 @@ __all__ = ['COLUMNS', 'PICTURES', 'PLACES', 'PAIRS_AN_IMAGE', 'HATEFUL', 'PROMPT
            'source_groups', 'ShapesSource', 'zip_members', 'CSVSource', 'Texts', 'read_rows', 'inside', 'TableSource',
            'shard_index', 'ShardSource', 'plain_chance', 'random_resized_crop', 'AugmentedSource', 'data_files',
            'load_rows', 'edit_pairs', 'HQEditSource', 'read_json', 'RegionSource', 'QuestionSource', 'mmeb_text',
-           'MMEBSource', 'open_captions', 'open_questions', 'open_source', 'stream_groups', 'source_images']
+           'MMEBSource', 'open_captions', 'open_questions', 'open_source', 'stream_groups', 'source_images',
+           'fit_tokenizer']
 
 # %% ../nbs/12_sources.ipynb #f6ea78b2
 import bisect, contextlib, csv, functools, json, random, re, tarfile, tempfile
 from array import array
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .core import atomic_path, load_image, progress, read_image, resize_image
+from .core import atomic_path, load_image, progress, read_image, resize_image, seed_everything
 from .pairs import Item, Pair, Query
 from .shapes import scene_at, scene_pairs
+from .titok import TiTok, TiTokConfig, TokenizerTrainConfig, train_tokenizer
 from .transforms import KINDS, TRAIN_COUNT, WEIGHTS, draw_kind, transform_pairs
 
 # %% ../nbs/12_sources.ipynb #b35bd292
@@ -37,7 +40,7 @@ class ShapesSource:
     def __init__(self,
         scenes:int, # how many
         seed:int=0,
-        split:str="train", # "train" or "test"
+        split:str="train", # one of `shapes.SPLITS`
         size:int=32, # pixels
         tgit:int=1 # transformations a scene
     ):
@@ -732,3 +735,18 @@ def source_images(
         if len(found) >= n: break
     if not found: raise ValueError("the data has no images to train a tokenizer on; give rows with an image or target_image")
     return torch.stack([load_image(image, size) for image in progress(list(found.values())[:n], "reading images")])
+
+# %% ../nbs/12_sources.ipynb #e973f26a
+def fit_tokenizer(
+    source, # anything with `groups` and `source[i]`
+    config:TiTokConfig, # its mean and deviation are replaced by those of the pictures
+    recipe:TokenizerTrainConfig,
+    n:int=40_000, # pictures at most
+    watch=None # as for `train_tokenizer`
+): # (TiTok, rows of `train_tokenizer`)
+    "Train an image tokenizer on the pictures of a source."
+    seed_everything(recipe.seed)
+    images = source_images(source, n, config.image_size)
+    sample = images[:4000].float() / 255
+    tokenizer = TiTok(replace(config, pixel_mean=round(float(sample.mean()), 4), pixel_std=round(float(sample.std()), 4)))
+    return tokenizer, train_tokenizer(tokenizer, images, recipe, watch)

@@ -325,7 +325,7 @@ def train_tokenizer(
 # %% ../nbs/05_titok.ipynb #a0deb08a
 TINY_TOKENIZER = Path(fuselip_edu.__file__).resolve().parent.parent / "data" / "tiny"  # in a checkout, or an editable install of it
 
-# %% ../nbs/05_titok.ipynb #83444187
+# %% ../nbs/05_titok.ipynb #36b6cf4f
 MODEL_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}  # width, layers, heads
 
 
@@ -355,7 +355,7 @@ def published_config(
     return TiTokConfig(field("dataset", "preprocessing", "crop_size"), vq["vit_enc_patch_size"], vq["num_latent_tokens"], vq["codebook_size"], vq["token_size"],
                        vq["use_l2_norm"], *MODEL_SIZES[vq["vit_enc_model_size"]], *MODEL_SIZES[vq["vit_dec_model_size"]], legacy=legacy, pixel_channels=painter)
 
-# %% ../nbs/05_titok.ipynb #36b6cf4f
+# %% ../nbs/05_titok.ipynb #be1a3276
 PIXEL_CODES, PIXEL_CODE_DIM, PIXEL_CHANNELS = 1024, 256, 128  # of the pixel decoder in legacy checkpoints
 
 PUBLISHED = {
@@ -371,11 +371,11 @@ def encoder_config(
     config = PUBLISHED.get(str(id_or_folder)) or read_titok_config(fetch_folder(id_or_folder, ("config.json",)))
     return dataclasses.replace(config, has_decoder=False, pixel_channels=0)
 
-# %% ../nbs/05_titok.ipynb #556edb7c
+# %% ../nbs/05_titok.ipynb #67542410
 def legacy_head(width): # (b, width, grid, grid) -> (b, 1024, grid, grid)
     return nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, PIXEL_CODES, 1))
 
-# %% ../nbs/05_titok.ipynb #67542410
+# %% ../nbs/05_titok.ipynb #5a065e64
 class PixelBlock(nn.Module):
     "Two convolutions with a shortcut around them; where the number of channels changes, the shortcut sees their result, as in the published network."
     def __init__(self, before, after): # channels
@@ -401,7 +401,7 @@ class PixelStage(nn.Module):
         for block in self.block: x = block(x)
         return x if self.upsample_conv is None else self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-# %% ../nbs/05_titok.ipynb #17c831fa
+# %% ../nbs/05_titok.ipynb #0f551134
 class PixelDecoder(nn.Module):
     "The decoder of a MaskGIT-VQGAN: one code vector a cell to 16 × 16 pixels a cell."
     def __init__(self,
@@ -419,7 +419,7 @@ class PixelDecoder(nn.Module):
         for part in (*self.mid, *reversed(self.up)): x = part(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-# %% ../nbs/05_titok.ipynb #0f551134
+# %% ../nbs/05_titok.ipynb #1c116268
 def paint(
     tokenizer, # a legacy `TiTok`
     scores:torch.Tensor # (b, 1024, grid, grid), from its decoder

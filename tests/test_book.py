@@ -8,7 +8,7 @@ import sys
 import pytest
 
 CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
-            "sources", "batches", "distributed", "train", "evaluate", "baselines", "demo", "paper", "data", "cli"]
+            "sources", "batches", "distributed", "train", "evaluate", "baselines", "reproduce", "demo", "paper", "data", "cli"]
 
 
 def notebooks(root): return sorted(path for path in (root / "nbs").glob("[0-9]*.ipynb"))
@@ -57,6 +57,16 @@ def test_importing_the_package_and_asking_for_help_are_light(root):
 def numbers_of(tasks):
     for row in tasks.values():
         for value in (row["accuracy"], *row["ci95"], row["chance"]): yield f"{100 * value:.1f}"
+
+
+def test_numbers_of_the_comparison_come_from_its_results(root):
+    found = json.loads((root / "data" / "results" / "reproduce.json").read_text())
+    known = {f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}" for model in found["models"].values() for row in model["tasks"].values()}
+    for path in ("README.md", "nbs/21_reproduce.ipynb"):
+        text = (root / path).read_text().replace("\\u00b1", "±")
+        assert set(re.findall(r"\d+\.\d ± \d+\.\d", text)) == known, f"{path} is not of data/results/reproduce.json; run make notebooks"
+    chapter = (root / "nbs" / "21_reproduce.ipynb").read_text()
+    for claim in found["claims"]: assert f"{100 * claim['difference']:+.1f}" in chapter
 
 
 @pytest.mark.parametrize("name", ["demo", "real"])

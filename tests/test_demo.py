@@ -28,7 +28,7 @@ def test_a_run_leaves_everything(finished):
     for name in ("config.json", "metrics.jsonl", "results.json", "report.md", "report.html", "model/model.safetensors", "figures/loss.png",
                  "figures/reconstructions.png", "figures/similarity.png"): assert (run / name).is_file(), name
     assert json.loads((run / "results.json").read_text()) == results
-    assert {"model", "tasks", "seconds", "pairs"} <= results.keys() and len(results["tasks"]) == 10
+    assert {"model", "tasks", "seconds", "pairs"} <= results.keys() and len(results["tasks"]) == 11
     for row in results["tasks"].values(): assert {"accuracy", "chance", "n", "ci95"} <= row.keys()
     assert len(results["tasks"]["tgit"]["kinds"]) == 5
 

@@ -1,0 +1,59 @@
+"What the examples share: where the data lies, CSV files, and the one command that trains and compares the models."
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ("image", "text", "instruction", "target_image", "group")
+
+
+def data_folder(name, given=None): # the folder `name` in `given`, in FUSELIP_DATA, or in ../shared/data beside the repository
+    folder = Path(given or os.environ.get("FUSELIP_DATA") or ROOT.parent / "shared" / "data").resolve() / name
+    if not folder.is_dir(): sys.exit(f"no folder {str(folder)!r}; give the folder that holds {name!r} as --data, or in the environment variable FUSELIP_DATA")
+    return folder
+
+
+def read_jsonl(path): return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def spread(rows, limit): # at most `limit` of them, from all over the list
+    return rows if limit is None or limit >= len(rows) else [rows[at * len(rows) // limit] for at in range(limit)]
+
+
+def only_candidates(text, images, group):
+    "Rows that say of every picture what is true of all in the file: no query comes of them, but the pictures are candidates in their group."
+    return [{"instruction": text, "target_image": image, "group": group} for image in images]
+
+
+def write_csv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_set(out, train, tests): # lists of rows; `tests`: {task: rows}
+    write_csv(out / "train.csv", train)
+    for task, rows in tests.items():
+        if rows: write_csv(out / "tests" / f"{task}.csv", rows)  # a small part of a set need not have every task
+
+
+def main(description, name, prepare, tokenizer_steps, steps, words=None):
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--data", help=f"folder that holds {name}; otherwise FUSELIP_DATA names it")
+    parser.add_argument("--out", default=f"runs/{name}", help="folder for the CSV files and the run (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of every model (default: %(default)s)")
+    parser.add_argument("--prepare-only", action="store_true", help="write the CSV files and stop")
+    asked = parser.parse_args(words)
+    out = Path(asked.out).resolve()
+    prepare(data_folder(name, asked.data), out)
+    print(f"pairs: {out / 'train.csv'}; tests: {out / 'tests'}", flush=True)
+    if asked.prepare_only: return
+    command = ["reproduce", "--data", f"csv:{out / 'train.csv'}", "--tests", out / "tests", "--tokenizer-steps", tokenizer_steps, "--steps", steps,
+               "--seeds", asked.seeds, "--run", out / "run"]
+    sys.exit(subprocess.run([sys.executable, "-m", "fuselip_edu", *map(str, command)]).returncode)

@@ -1,0 +1,203 @@
+"The example scripts, on a part of the real sets: what they train and ask is what they say."
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fuselip_edu.core import read_image
+from fuselip_edu.sources import CSVSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import common
+import emoji4
+import grocery
+import nlvr
+
+SETS = {"emoji4": (emoji4, None), "nlvr": (nlvr, 25), "grocery": (grocery, 200)}
+TASKS = {"emoji4": {"captions", "captions-new", "edit-skin-tone", "edit-skin-tone-new", "edit-gender", "edit-gender-new", "edit-hair", "edit-colour", "edit-size", "edit-clock", "edit-moon"},
+         "nlvr": {"statement", "region", "place"}, "grocery": {"names", "shop"}}
+COLOURS = {(255, 255, 0): "yellow", (0, 153, 255): "blue", (0, 0, 0): "black"}
+BACKGROUND = (211, 211, 211)
+
+
+def forwards(source): return next(iter(source.queries().values()))
+
+
+def member(path): return str(path).partition("#")[2]
+
+
+def sides(source): return {(pair.left.image, pair.left.text, pair.right.image, pair.right.text) for index in range(len(source)) for pair in source[index]}
+
+
+@pytest.fixture(scope="module")
+def prepared(data, tmp_path_factory): # function: name -> (training source, {task: source})
+    done = {}
+
+    def get(name):
+        if name not in done:
+            module, limit = SETS[name]
+            out = tmp_path_factory.mktemp(name)
+            module.prepare(common.data_folder(name, data), out, limit)
+            done[name] = CSVSource(out / "train.csv"), {path.stem: CSVSource(path) for path in (out / "tests").glob("*.csv")}
+        return done[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_task_has_queries_that_training_does_not_answer(name, prepared):
+    train, tests = prepared(name)
+    assert set(tests) == TASKS[name]
+    known, rng = sides(train), random.Random(0)
+    for task, source in tests.items():
+        assert known.isdisjoint(sides(source)), task
+        queries = forwards(source)
+        assert len(queries) >= 15 and all(2 <= len(query.candidates) <= 50 for query in queries), task
+        for path in rng.sample(source.images, 5): read_image(path)
+    for path in rng.sample(train.images, 20): read_image(path)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_preparing_again_changes_nothing(name, prepared, data, tmp_path):
+    module, limit = SETS[name]
+    train, tests = prepared(name)
+    module.prepare(common.data_folder(name, data), tmp_path, limit)
+    for source in (train, *tests.values()):
+        assert (tmp_path / source.path.relative_to(train.path.parent)).read_text() == source.path.read_text().replace(str(train.path.parent), str(tmp_path))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_limit_makes_a_set_smaller(name, prepared, data, tmp_path):
+    SETS[name][0].prepare(common.data_folder(name, data), tmp_path, 10)
+    train, tests = prepared(name)
+    assert len(CSVSource(tmp_path / "train.csv")) < len(train)
+    for path in (tmp_path / "tests").glob("*.csv"): assert len(CSVSource(path)) < len(tests[path.stem])
+
+
+def test_emoji_of_a_new_style_and_of_new_concepts_are_not_trained(prepared):
+    train, tests = prepared("emoji4")
+    concepts = lambda paths: {emoji4.concept(member(path)) for path in paths}
+    assert {Path(path.partition("#")[0]).stem for path in train.images} == {"noto", "twemoji"}
+    for task, source in tests.items():
+        assert {Path(path.partition("#")[0]).stem for path in source.images} == {"openmoji"}
+        asked = concepts(source.images)
+        if task.endswith("-new"): assert asked.isdisjoint(concepts(train.images)), task
+        else: assert asked <= concepts(train.images), task
+
+
+def test_emoji_edits_need_picture_and_instruction(prepared):
+    _, tests = prepared("emoji4")
+    pixels = {}
+    for task, source in tests.items():
+        if not task.startswith("edit"): continue
+        for path in source.images: pixels.setdefault(path, read_image(path).tobytes())
+        for query in forwards(source):
+            candidates = [candidate.image for candidate in query.candidates]
+            assert query.item.image in candidates[1:], f"{task}: the unchanged picture must be a candidate"
+            assert len({pixels[path] for path in candidates}) == len(candidates), f"{task}: two candidates look the same"
+        if task in ("edit-clock", "edit-moon"): continue
+        result = {(pair.left.text, pair.right.image) for index in range(len(source)) for pair in source[index]}
+        rivals = [sum((query.item.text, candidate.image) in result for candidate in query.candidates[1:]) for query in forwards(source)]
+        most = 0.5 if task == "edit-colour" else 0.9  # some colours are only of hearts
+        assert sum(count > 0 for count in rivals) >= most * len(rivals), f"{task}: the same instruction on another picture must lead to a candidate"
+
+
+def test_emoji_edits_are_those_of_the_data(prepared, data):
+    train, tests = prepared("emoji4")
+    edits = {(edit["src"], edit["text"], edit["dst"]) for edit in common.read_jsonl(data / "emoji4" / "edits.jsonl")}
+    for source in (train, *tests.values()):
+        for pair in (source[index][0] for index in range(len(source)) if source.rows[index]["instruction"]):
+            assert (member(pair.left.image)[:-4], pair.left.text, member(pair.right.image)[:-4]) in edits
+    for group in train.groups:
+        assert len({train.rows[index]["image"] for index in group}) == 1
+
+
+def test_a_statement_is_asked_with_pictures_it_is_false_of(prepared, data):
+    rows = common.read_jsonl(data / "nlvr" / "nlvr_test.jsonl")
+    by_picture = {row["images"][0]: row for row in rows}
+    queries = forwards(prepared("nlvr")[1]["statement"])
+    for query in queries:
+        right, *wrong = (by_picture[member(candidate.image)] for candidate in query.candidates)
+        assert query.item.image is None and right["label"] and not any(row["label"] for row in wrong)
+        assert {row["sentence"].strip() for row in (right, *wrong)} == {query.item.text}
+
+
+def test_a_trained_statement_is_true_and_its_hard_negative_false(prepared, data):
+    train, _ = prepared("nlvr")
+    rows = {image: row for split in ("train1k", "dev") for row in common.read_jsonl(data / "nlvr" / f"nlvr_{split}.jsonl") for image in row["images"]}
+    seen = Counter()
+    for group in train.groups:
+        described = [(rows[member(train.rows[index]["image"])], train.rows[index]["text"]) for index in group if "#" in train.rows[index]["image"]]
+        for row, text in described: assert row["label"] == (text == row["sentence"].strip())
+        seen[tuple(row["label"] for row, _ in described)] += 1
+    assert seen[True, False] > 50 and not any(sum(labels) > 1 for labels in seen)
+
+
+def shown(path): # the colour that most pixels of a crop have, the background aside
+    pixels = np.asarray(read_image(path)).reshape(-1, 3)
+    values, counts = np.unique(pixels[(pixels != BACKGROUND).any(1)], axis=0, return_counts=True)
+    return COLOURS.get(tuple(map(int, values[counts.argmax()])))
+
+
+def place_of(crop, box): # its top, left, bottom and right in the box
+    height, width, _ = crop.shape
+    at = np.argwhere((box == crop[height // 2, width // 2]).all(-1)) - (height // 2, width // 2)
+    found = [(y, x) for y, x in at if min(y, x) >= 0 and np.array_equal(box[y:y + height, x:x + width], crop)]
+    assert len(found) == 1
+    return (*found[0], found[0][0] + height, found[0][1] + width)
+
+
+def test_a_crop_shows_what_the_phrase_says(prepared):
+    train, tests = prepared("nlvr")
+    rows = [row for source in (train, tests["region"]) for row in source.rows if row["instruction"].endswith(("square", "circle", "triangle"))]
+    phrases = [(row["instruction"].split(), row["target_image"]) for row in rows]
+    assert len(phrases) > 100
+    for (_, colour, _), path in phrases: assert shown(path) == colour
+    for query in forwards(tests["region"]):
+        looks = [next(phrase for phrase, path in phrases if path == candidate.image) for candidate in query.candidates]
+        assert "the " + " ".join(looks[0][1:]) == query.item.text and looks[0] not in looks[1:]
+
+
+def test_the_place_is_where_the_phrase_says(prepared):
+    queries = forwards(prepared("nlvr")[1]["place"])
+    for query in queries:
+        box = np.array(read_image(query.item.image))
+        top, left, bottom, right = place_of(np.asarray(read_image(query.candidates[0].image)), box)
+        box[top:bottom, left:right] = BACKGROUND  # what is left are the other objects
+        beyond = {"topmost": box[:top + 5], "lowest": box[bottom - 5:], "leftmost": box[:, :left + 5], "rightmost": box[:, right - 5:]}
+        assert (beyond[query.item.text.split()[1]] == BACKGROUND).all(), query.item.text
+    assert len({query.item.text for query in queries}) == 4
+
+
+def test_a_photo_has_its_own_name_and_shop_picture(prepared, data):
+    train, tests = prepared("grocery")
+    photos = {row["image"]: row for split in ("train", "val") for row in common.read_jsonl(data / "grocery" / f"grocery_{split}.jsonl")}
+    classes = {row["id"]: row for row in json.loads((data / "grocery" / "classes.json").read_text())}
+    for row in (*train.rows, *tests["names"].rows, *tests["shop"].rows):
+        product = classes[photos[member(row["image"])]["cls"]]
+        assert row["text"] == product["name"] if row["text"] else member(row["target_image"]) == product["iconic"]
+    assert all("grocery_val" in row["image"] for task in tests for row in tests[task].rows) and not any("grocery_val" in row["image"] for row in train.rows)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_missing_data_is_one_clear_line(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSELIP_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match=f"no folder '.*nowhere/{name}'; .*FUSELIP_DATA"): common.main("What it is.", name, SETS[name][0].prepare, 1, 1, ["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_command_trains_and_compares(data, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(command) or subprocess.CompletedProcess(command, 3))
+    start = lambda *words: common.main("What it is.", "grocery", lambda data, out: grocery.prepare(data, out, 5), 20, 30, ["--data", str(data), "--out", str(tmp_path), *words])
+    start("--prepare-only")
+    assert not ran and (tmp_path / "tests" / "shop.csv").exists()
+    with pytest.raises(SystemExit) as left: start("--seeds", "2")
+    assert left.value.code == 3
+    assert ran == [[sys.executable, "-m", "fuselip_edu", "reproduce", "--data", f"csv:{tmp_path}/train.csv", "--tests", f"{tmp_path}/tests", "--tokenizer-steps", "20", "--steps", "30",
+                    "--seeds", "2", "--run", f"{tmp_path}/run"]]

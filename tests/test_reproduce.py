@@ -1,0 +1,319 @@
+"The comparison of models: equal data, answers that survive an interruption, differences against every flip, fusion blocked, and what the committed run shows."
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from fuselip_edu import reproduce as r
+from fuselip_edu.baselines import BASELINE_PRESETS
+from fuselip_edu.cli import main
+from fuselip_edu.evaluate import shapes_tasks
+from fuselip_edu.pairs import Item, Query
+from fuselip_edu.shapes import render, scene_at
+from fuselip_edu.train import PRESETS
+
+NAMES = ("position", "tgit", "classification")
+
+
+def small(model, seed=0, **changes):
+    config = r.trial_config(model, seed)
+    config.scenes, config.train = 60, dataclasses.replace(config.train, steps=12, device="cpu", warmup_steps=2, checkpoint_every=4, **changes)
+    return config
+
+
+def ask(): return shapes_tasks(20, 0, 32, NAMES)
+
+
+def probe(): return shapes_tasks(20, 0, 32, ("position",))
+
+
+@pytest.fixture(scope="module")
+def tasks(): return ask()
+
+
+@pytest.fixture(scope="module")
+def probes(tasks): return probe()
+
+
+@pytest.fixture(scope="module")
+def built(): return {name: r.build_trial(small(name)) for name in r.MODELS}
+
+
+# ---- trials
+
+def test_models_of_one_seed_learn_from_the_same_pairs_in_the_same_order(built):
+    (fuselip, codes), (sf, pixels), (mlf, others) = built.values()
+    assert codes.groups == pixels.groups == others.groups
+    batches = [next(iter(pairs.batches([[list(range(40))]]))) for pairs in (codes, pixels, others)]
+    assert torch.equal(batches[1]["ids"], batches[2]["ids"]) and torch.equal(batches[1]["pixels"], batches[2]["pixels"])
+    words = lambda model, batch: [[i for i in ids[:length].tolist() if i < model.vocab.first_code and i not in (model.vocab.sot, model.vocab.eot)]
+                                  for ids, length in zip(batch["ids"], batch["lengths"])]
+    assert words(fuselip, batches[0]) == words(sf, batches[1]) and sum(map(bool, words(sf, batches[1]))) > 40
+    shown = fuselip.image_tokenizer.encode(batches[1]["pixels"][batches[1]["has_image"]])
+    rows = [ids[:16] for ids, image in zip(batches[0]["ids"], batches[1]["has_image"]) if image]
+    assert torch.equal(torch.stack(rows) - fuselip.vocab.first_code, shown)
+
+
+def test_a_seed_reaches_every_model():
+    assert [r.trial_config(name, 7).train.seed for name in r.MODELS] == [7, 7, 7]
+    assert len({r.trial_config(name, 7).train.steps for name in r.MODELS}) == 1
+
+
+@pytest.mark.parametrize("size", [name for name, config in PRESETS.items() if f"{name}-sf" in BASELINE_PRESETS])
+def test_models_of_one_size_have_as_many_parameters(size):
+    counts = []
+    for name in r.MODELS:
+        config = r.trial_config(name, 0, r.Comparison(size))
+        config.scenes = 20
+        config.train.batch_size = 32
+        counts.append(sum(p.numel() for p in r.build_trial(config)[0].parameters() if p.requires_grad))
+    assert max(counts) / counts[0] < 1.05 and min(counts) / counts[0] > 0.95
+
+
+def test_an_interrupted_trial_ends_as_if_it_had_not_been(tasks, probes, tmp_path, monkeypatch):
+    whole = r.run_trial(small("fuselip"), tmp_path / "whole", tasks, probes, points=3)
+    plain = r.Curve.__call__
+
+    def broken(self, step, model):
+        plain(self, step, model)
+        if step >= 8: raise KeyboardInterrupt
+    config = small("fuselip", log_every=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(r.Curve, "__call__", broken)
+        r.run_trial(config, tmp_path / "cut", tasks, probes, points=3)
+    assert not (tmp_path / "cut" / "trial.json").exists()
+    resumed = r.run_trial(config, tmp_path / "cut", tasks, probes, points=3)
+    assert resumed["answers"] == whole["answers"] and [row["step"] for row in resumed["curve"]] == [4, 8, 12]
+    again = r.run_trial(config, tmp_path / "cut", tasks, probes)
+    assert again == json.loads(json.dumps(resumed))
+    assert [row["pairs"] for row in again["curve"]] == [4 * 128, 8 * 128, 12 * 128] and again["pairs"] == 12 * 128
+    assert {"position", "seconds"} <= again["curve"][0].keys()
+    assert {name: len(text) for name, text in again["answers"].items()} == {name: len(queries) for name, queries in tasks.items()}
+
+
+@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"seed": 1}])
+def test_a_trial_of_another_configuration_is_not_overwritten(change, tasks, tmp_path):
+    (tmp_path / "trial.json").write_text(json.dumps({"config": dataclasses.asdict(small("sf")), "queries": {name: len(queries) for name, queries in tasks.items()}}))
+    with pytest.raises(ValueError, match="another configuration.*--run"): r.run_trial(small("sf", **change), tmp_path, tasks, {})
+    with pytest.raises(ValueError, match="another configuration"): r.run_trial(small("sf"), tmp_path, shapes_tasks(20, 0, 32, ("tgit",)), {})
+
+
+def test_trials_side_by_side_are_trials_one_by_one(tmp_path):
+    trials = lambda folder: {name: (small(name), tmp_path / folder / name) for name in ("sf", "mlf")}
+    alone, together = r.run_trials(trials("a"), ask, probe, processes=1), r.run_trials(trials("b"), ask, probe, processes=2)
+    for name in alone: assert alone[name]["answers"] == together[name]["answers"]
+    assert list(alone) == ["sf", "mlf"]
+
+
+def test_unknown_models_and_seeds_are_refused_before_anything_is_trained(tmp_path, capsys):
+    assert main(["reproduce", "--models", "fuselip,clip", "--run", str(tmp_path / "run")]) == 1
+    assert "unknown model 'clip'; the models are fuselip, sf, mlf" in capsys.readouterr().err
+    assert main(["reproduce", "--preset", "huge", "--run", str(tmp_path / "run")]) == 1
+    assert "unknown preset 'huge'" in capsys.readouterr().err
+    assert main(["reproduce", "--seeds", "0", "--run", str(tmp_path / "run")]) == 1
+    assert "seeds must be at least 1" in capsys.readouterr().err
+    assert main(["reproduce", "--data", "csv:x.csv", "--run", str(tmp_path / "run")]) == 1
+    assert "--data and --tests together" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# ---- differences
+
+def every_flip(ours, theirs, weights, cluster): # the share of all sign flips that give as large a difference
+    parts = [float(((ours - theirs).mean(0) * weights)[cluster == one].sum()) for one in range(int(cluster.max()) + 1)]
+    flips = [abs(sum(sign * part for sign, part in zip(signs, parts))) for signs in itertools.product((1, -1), repeat=len(parts))]
+    return sum(flip >= abs(sum(parts)) - 1e-12 for flip in flips) / len(flips)
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_p_is_the_share_of_flips(clustered):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        ours, theirs = ((torch.rand(2, 12, generator=generator) < strength).double() for strength in (0.8, 0.4))
+        weights, cluster = torch.rand(12, generator=generator).double(), torch.arange(12) // (3 if clustered else 1)
+        weights /= weights.sum()
+        found = r.paired_difference(ours, theirs, weights, cluster)
+        assert found["p"] == pytest.approx(every_flip(ours, theirs, weights, cluster), abs=0.02)
+        assert found["difference"] == pytest.approx(float(((ours - theirs).mean(0) * weights).sum()))
+        assert found["seeds"] == pytest.approx(((ours - theirs) @ weights).tolist())
+        assert found["ci95"][0] <= found["difference"] <= found["ci95"][1]
+
+
+def test_equal_models_do_not_differ():
+    right = (torch.rand(3, 50, generator=torch.Generator().manual_seed(0)) < 0.5).double()
+    found = r.paired_difference(right, right, torch.full((50,), 0.02, dtype=torch.float64), torch.arange(50))
+    assert found["p"] == 1 and found["difference"] == 0 and found["ci95"] == [0, 0]
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    generator, weights, hits = torch.Generator().manual_seed(1), torch.full((150,), 1 / 150, dtype=torch.float64), 0
+    for seed in range(60):
+        ours, theirs = ((torch.rand(1, 150, generator=generator) < strength).double() for strength in (0.7, 0.5))
+        low, high = r.paired_difference(ours, theirs, weights, torch.arange(150), 10, seed)["ci95"]
+        hits += low <= 0.2 <= high
+    assert 51 <= hits <= 60
+
+
+def test_queries_about_one_picture_are_one_cluster():
+    pictures = [render(scene_at(index)) for index in range(2)]
+    queries = [Query(Item(pictures[0], "a"), (Item(text="x"), Item(text="y"))), Query(Item(pictures[1], "a"), (Item(text="x"), Item(text="y"))),
+               Query(Item(pictures[0].clone(), "b"), (Item(text="x"), Item(text="y"))), *[Query(Item(text="t"), (Item(text="x"), Item(text="y")))] * 2]
+    assert r._clusters(queries).tolist() == [0, 1, 0, 2, 3]
+
+
+def trial(answers): return {"parameters": 10, "flops_per_pair": 5.0, "seconds": 2.0, "pairs": 100, "curve": [], "answers": answers}
+
+
+def test_results_are_means_over_kinds_and_seeds():
+    item = lambda index: Item(render(scene_at(index)))
+    queries = [Query(item(index), (Item(text="x"), Item(text="y")), kind) for index, kind in enumerate("aaab")]
+    found = {"fuselip": [trial({"t": "1101"}), trial({"t": "1110"})], "sf": [trial({"t": "0000"}), trial({"t": "1000"})]}
+    results = r.summarise_trials(found, {"t": queries})
+    row = results["models"]["fuselip"]["tasks"]["t"]
+    assert row["seeds"] == pytest.approx([(2 / 3 + 1) / 2, 0.5]) and row["mean"] == pytest.approx(sum(row["seeds"]) / 2)
+    assert row["std"] == pytest.approx(abs(row["seeds"][0] - row["seeds"][1]) / math.sqrt(2)) and row["chance"] == 0.5 and row["n"] == 4
+    assert row["kinds"]["a"] == {"mean": pytest.approx(5 / 6), "chance": 0.5, "n": 3}
+    claim, = results["claims"]
+    assert (claim["task"], claim["rival"]) == ("t", "sf") and claim["difference"] == pytest.approx(row["mean"] - results["models"]["sf"]["tasks"]["t"]["mean"])
+    assert r.only(results, "fuselip", "t") == [1] and r.only(results, "sf", "t") == []
+    table = r.reproduction_table(results)
+    assert f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}" in table and f"{100 * claim['difference']:+.1f}" in r.claims_table(results)
+
+
+def test_one_seed_has_no_deviation():
+    queries = [Query(Item(render(scene_at(index))), (Item(text="x"), Item(text="y"))) for index in range(4)]
+    row = r.summarise_trials({"sf": [trial({"t": "1100"})]}, {"t": queries})["models"]["sf"]["tasks"]["t"]
+    assert row["std"] == 0 and row["mean"] == 0.5
+
+
+# ---- fusion
+
+ITEMS = [Item(render(scene_at(index)), text) for index, text in enumerate(("the circle", "what colour is the shape in the upper left?", "horizontal flip"))]
+
+
+def test_the_mask_written_out(built):
+    model = built["fuselip"][0]
+    inputs = model.collate(ITEMS)
+    found = r.modality_mask(inputs["ids"], inputs["lengths"], model.vocab)[:, 0]
+    for row, (ids, length) in enumerate(zip(inputs["ids"].tolist(), inputs["lengths"].tolist())):
+        for i, j in itertools.product(range(len(ids)), repeat=2):
+            is_code = lambda k: ids[k] >= model.vocab.first_code
+            if j >= length: expected = False
+            elif i == length - 1: expected = True
+            else: expected = j != length - 1 and is_code(i) == is_code(j)
+            if i < length: assert bool(found[row, i, j]) == expected, (row, i, j)
+
+
+def test_nothing_blocked_is_the_model_and_words_alone_ignore_the_picture(built):
+    model = built["fuselip"][0].eval()
+    torch.testing.assert_close(r.BlockedFusion(model, 0).embed_items(ITEMS), model.embed_items(ITEMS), atol=1e-5, rtol=0)
+    unimodal = [Item(ITEMS[0].image), Item(text="a red circle")]
+    torch.testing.assert_close(r.BlockedFusion(model, 4).embed_items(unimodal), model.embed_items(unimodal), atol=0, rtol=0)
+    states = []
+    for picture in (0, 1):  # the same words after another picture: with all layers blocked, no word's state changes
+        item = Item(ITEMS[picture].image, "the circle")
+        inputs = model.collate([item])
+        x = model.token_embedding(inputs["ids"]) + model.positional_embedding[:inputs["ids"].shape[1]]
+        mask = r.modality_mask(inputs["ids"], inputs["lengths"], model.vocab)
+        for block in model.transformer.resblocks: x = block(x, mask)
+        states.append((x[0, 16:-1], x[0, -1]))
+    torch.testing.assert_close(states[0][0], states[1][0], atol=0, rtol=0)
+    assert (states[0][1] - states[1][1]).abs().max() > 1e-4
+
+
+def test_attention_to_the_image_is_a_share(built):
+    model = built["fuselip"][0].eval()
+    found = r.image_attention(model, ITEMS)
+    assert found.shape == (model.config.layers, 3, 16) and bool((found > 0).all()) and bool((found.sum(-1) < 1).all())
+    alone = r.image_attention(model, ITEMS[1:2])
+    torch.testing.assert_close(found[:, 1:2], alone, atol=1e-5, rtol=0)
+
+
+def test_the_space_of_a_model(built):
+    found = r.modality_space(built["sf"][0].eval(), 12)
+    assert 0 <= found["gap"] <= 2 and 0 <= found["alignment"] <= 4 and all(value <= 0 for value in found["uniformity"].values())
+    assert {name: len(points) for name, points in found["points"].items()} == {"image": 12, "text": 12, "both": 12}
+
+
+# ---- other data
+
+def write_set(folder): # pictures of one object, their names, and an instruction that leads from one to another
+    from torchvision.transforms.functional import to_pil_image
+    from fuselip_edu.evaluate import _lone_objects
+    scenes = _lone_objects("train")[:300:5]
+    folder.mkdir(parents=True, exist_ok=True)
+    for at, scene in enumerate(scenes): to_pil_image(render(scene)).save(folder / f"{at}.png")
+    rows = [f"{at}.png,a {scene.objects[0].name}," for at, scene in enumerate(scenes)]
+    edits = [f"{at}.png,,the next,{at + 1}.png,g{at // 6}" for at in range(0, 60, 2)]
+    (folder / "train.csv").write_text("\n".join(["image,text,instruction,target_image,group", *(f"{row}," + "," for row in rows), *edits]) + "\n")
+    (folder / "tests").mkdir(exist_ok=True)
+    (folder / "tests" / "names.csv").write_text("\n".join(["image,text", *(f"../{row[:-1]}" for row in rows[::2])]) + "\n")
+    (folder / "tests" / "next.csv").write_text("\n".join(["image,text,instruction,target_image,group", *(f"../{edit.replace('the next,', 'the next,../')}" for edit in edits)]) + "\n")
+    return folder
+
+
+def test_a_folder_of_tables_is_a_set_of_tasks(tmp_path):
+    tasks = r.csv_tasks(write_set(tmp_path) / "tests")
+    assert list(tasks) == ["names", "next"] and {query.kind for query in tasks["names"]} == {"left to right", "right to left"}
+    assert {query.kind for query in tasks["next"]} == {""} and all(query.item.text == "the next" and len(query.candidates) == 3 for query in tasks["next"])
+    assert all(len({name for query in found for name in [query.item.text]}) for found in tasks.values())
+
+
+def test_a_folder_without_tables_or_queries_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no CSV in"): r.csv_tasks(tmp_path)
+    (tmp_path / "alone.csv").write_text("image,text\n,a word\n")
+    with pytest.raises(ValueError): r.csv_tasks(tmp_path)
+
+
+def test_own_data_through_the_command(tmp_path, monkeypatch, capsys):
+    for presets, name in ((PRESETS, "tiny"), (BASELINE_PRESETS, "tiny-sf")): monkeypatch.setitem(presets, name, small({"tiny": "fuselip", "tiny-sf": "sf"}[name]))
+    place = write_set(tmp_path / "set")
+    words = ["reproduce", "--data", f"csv:{place / 'train.csv'}", "--tests", str(place / "tests"), "--tokenizer-steps", "8", "--steps", "3", "--seeds", "1",
+             "--models", "fuselip,sf", "--text-vocab", "300", "--run", str(tmp_path / "run")]
+    for config in (PRESETS["tiny"], BASELINE_PRESETS["tiny-sf"]): config.train.batch_size = 16
+    assert main(words) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["models"]["sf"]["tasks"]) == ["names", "next"] and results["models"]["fuselip"]["pairs"] == 3 * 16
+    assert (tmp_path / "run" / "tokenizer" / "config.json").exists() and "| names | next |" in capsys.readouterr().out
+
+
+# ---- the command and the committed run
+
+def test_the_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    for presets, name in ((PRESETS, "tiny"), (BASELINE_PRESETS, "tiny-sf"), (BASELINE_PRESETS, "tiny-mlf")):
+        monkeypatch.setitem(presets, name, small({"tiny": "fuselip", "tiny-sf": "sf", "tiny-mlf": "mlf"}[name]))
+    words = ["reproduce", "--queries", "20", "--run", str(tmp_path / "run"), "--seeds"]
+    assert main([*words, "1", "--models", "fuselip,sf"]) == 0
+    first = json.loads((tmp_path / "run" / "results.json").read_text())
+    written = (tmp_path / "run" / "sf" / "seed-0" / "model" / "model.safetensors").stat().st_mtime_ns
+    assert main([*words, "2"]) == 0
+    second, said = json.loads((tmp_path / "run" / "results.json").read_text()), capsys.readouterr().out
+    assert (tmp_path / "run" / "sf" / "seed-0" / "model" / "model.safetensors").stat().st_mtime_ns == written
+    assert list(first["models"]) == ["fuselip", "sf"] and list(second["models"]) == ["fuselip", "sf", "mlf"]
+    assert "| FuseLIP |" in said and "paper: fuselip-s-cc3m" in said and second["command"] == " ".join(["fuselip-edu", *words, "2"])
+    assert len(second["models"]["mlf"]["tasks"]) == 11 and second["models"]["fuselip"]["tasks"]["tgit"]["seeds"][0] == first["models"]["fuselip"]["tasks"]["tgit"]["seeds"][0]
+    assert len(second["fusion"]["blocked"]["position"]) == 5 and second["spaces"].keys() == second["models"].keys()
+    for figure in (r.tasks_figure, r.curves_figure, r.kinds_figure): assert figure(second).axes
+
+
+@pytest.fixture(scope="module")
+def committed(root): return json.loads((root / "data" / "results" / "reproduce.json").read_text())
+
+
+def test_the_committed_run_is_three_seeds_of_three_models(committed):
+    assert committed["command"].startswith("fuselip-edu reproduce --preset tiny --seeds 3") and committed["minutes"] <= 60
+    assert set(committed["models"]) == set(r.MODELS) and all(len(found["curves"]) == 3 for found in committed["models"].values())
+    counts = [found["parameters"] for found in committed["models"].values()]
+    assert max(counts) / counts[0] < 1.05 and min(counts) / counts[0] > 0.95
+
+
+@pytest.mark.parametrize("task, points", [("tgit", 0.05), ("position", 0.10), ("region_crop", 0.05)])
+def test_early_fusion_is_ahead_where_both_are_needed(task, points, committed):
+    claims = [claim for claim in committed["claims"] if claim["task"] == task]
+    assert len(claims) == 2 and all(claim["p"] < 0.01 and claim["difference"] > points and min(claim["seeds"]) > 0 for claim in claims)
+
+
+def test_fusion_happens_in_the_first_layer(committed):
+    for name, (whole, first, *_, last) in committed["fusion"]["blocked"].items(): assert whole - first > 0.8 * (whole - last) > 0.05, name
