@@ -47,11 +47,12 @@ class Comparison:
     queries: int = 300  # test scenes of shapes
     processes: int = 0  # trainings at once, with a thread each; 0 takes the number of cores, or 1 with a GPU
 
-    def __post_init__(self):
-        if self.seeds < 1: raise ValueError(f"seeds must be at least 1, not {self.seeds}")
-        if (self.data == "shapes") != (not self.tests): raise ValueError("give --data and --tests together: shapes has tests of its own, and other data need a folder of them")
-        for model in self.models.split(","):
-            if model not in MODELS: raise ValueError(f"unknown model {model!r}; the models are {', '.join(MODELS)}")
+
+def _check(asked): # before anything is trained
+    if asked.seeds < 1: raise ValueError(f"seeds must be at least 1, not {asked.seeds}")
+    if (asked.data == "shapes") != (not asked.tests): raise ValueError("give --data and --tests together: shapes has tests of its own, and other data need a folder of them")
+    for model in asked.models.split(","):
+        if model not in MODELS: raise ValueError(f"unknown model {model!r}; the models are {', '.join(MODELS)}")
 
 
 def trial_config(
@@ -278,6 +279,7 @@ def reproduce(
     command:str="" # that asked for it, to be written down
 ) -> dict: # what results.json holds
     "Train every model with every seed on the same pairs, compare them, and write results.json; what is finished is not done again."
+    _check(asked)
     run, models = Path(asked.run), asked.models.split(",")
     trials = {f"{model}, seed {seed}": (trial_config(model, seed, asked), run / model / f"seed-{seed}") for seed in range(asked.seeds) for model in models}
     side = preset(f"{asked.preset}-sf", BASELINE_PRESETS).towers.image_size
