@@ -36,7 +36,9 @@ results: $(ready)
 	cp runs/results/demo/results.json data/results/demo.json
 	$(bin)/fuselip-edu reproduce --preset tiny --seeds 3 --run runs/results/reproduce
 	cp runs/results/reproduce/results.json data/results/reproduce.json
-	$(bin)/python tests/real_sets.py
+	$(bin)/fuselip-edu reproduce --preset tiny --ablations --run runs/results/ablations
+	cp runs/results/ablations/results.json data/results/ablations.json
+	for set in nlvr emoji4 grocery; do $(bin)/python examples/$$set.py --out runs/results/$$set && cp runs/results/$$set/results.json data/results/$$set.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs *.egg-info

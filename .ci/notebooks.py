@@ -67,7 +67,7 @@ def readme_text():
                 data = output.get("data", {})
                 if "text/markdown" in data: parts.append(data["text/markdown"])
                 elif text := output.get("text") or data.get("text/plain"): parts.append("```\n" + text.rstrip() + "\n```")
-    text = re.sub(r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", "\n\n".join(parts))  # links between chapters, seen from the root
+    text = re.sub(r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", "\n\n".join(parts)).replace("](../", "](")  # links as seen from the root
     return f"<!-- Generated from nbs/index.ipynb by `make notebooks`; edit that. -->\n\n{text}\n"
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fuselip_edu.core import write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("image", "text", "instruction", "target_image", "group")
 
@@ -56,4 +58,12 @@ def main(description, name, prepare, tokenizer_steps, steps, words=None):
     if asked.prepare_only: return
     command = ["reproduce", "--data", f"csv:{out / 'train.csv'}", "--tests", out / "tests", "--tokenizer-steps", tokenizer_steps, "--steps", steps,
                "--seeds", asked.seeds, "--run", out / "run"]
-    sys.exit(subprocess.run([sys.executable, "-m", "fuselip_edu", *map(str, command)]).returncode)
+    if code := subprocess.run([sys.executable, "-m", "fuselip_edu", *map(str, command)]).returncode: sys.exit(code)
+    said = f"python examples/{name}.py" + (f" --seeds {asked.seeds}" if asked.seeds != 1 else "")
+    write_json(out / "results.json", summary(json.loads((out / "run" / "results.json").read_text(encoding="utf-8")), said))
+    print(f"summary: {out / 'results.json'}")
+
+
+def summary(found, command): # what a page quotes of a results.json: without the answers to single queries, and under the command that was given here
+    models = {model: {key: value for key, value in row.items() if key not in ("answers", "curves")} for model, row in found["models"].items()}
+    return found | {"command": command, "models": models}

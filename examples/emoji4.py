@@ -111,4 +111,4 @@ def prepare(data, out, limit=None): # `limit`: families
     write_set(out, train, tests)
 
 
-if __name__ == "__main__": main(__doc__, "emoji4", prepare, tokenizer_steps=2500, steps=3000)
+if __name__ == "__main__": main(__doc__, "emoji4", prepare, tokenizer_steps=2500, steps=2500)

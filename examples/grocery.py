@@ -23,4 +23,4 @@ def prepare(data, out, limit=None): # `limit`: photos of each split
     write_set(out, train_names + train_shop, {"names": names, "shop": shop})
 
 
-if __name__ == "__main__": main(__doc__, "grocery", prepare, tokenizer_steps=1500, steps=2000)
+if __name__ == "__main__": main(__doc__, "grocery", prepare, tokenizer_steps=1500, steps=1500)

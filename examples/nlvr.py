@@ -115,4 +115,4 @@ def prepare(data, out, limit=None): # `limit`: statements of each split
               {"statement": asked_statements(data, test), **asked_boxes(data, test, out)})
 
 
-if __name__ == "__main__": main(__doc__, "nlvr", prepare, tokenizer_steps=2500, steps=3000)
+if __name__ == "__main__": main(__doc__, "nlvr", prepare, tokenizer_steps=2500, steps=2500)

@@ -23,7 +23,7 @@ from .fuselip import FuseLIP, ItemEncoder, read_model_config, saved_text_tokeniz
 from .sources import source_groups
 from .text import BPE, CLIPBPE
 from .titok import build_from, fetch_folder, saved_config, weights_file
-from .train import TrainConfig, paper_training, steps_an_epoch, text_tokenizer_for
+from .train import PRESETS, TrainConfig, paper_training, steps_an_epoch, text_tokenizer_for
 from .transformer import key_mask
 from .vocab import Vocab, pad_sequences
 
@@ -290,7 +290,9 @@ _S = LateFusionConfig("sf", 256, 16, image_width=384, image_layers=12, image_hea
 _B = dataclasses.replace(_S, image_width=768, image_heads=12, text_width=512, text_heads=8, width=512, fusion_heads=8)
 BASELINES = {"siglip-s-sf": _S, "siglip-s-mlf": dataclasses.replace(_S, fusion="mlf"),
              "siglip-b-sf": _B, "siglip-b-mlf": dataclasses.replace(_B, fusion="mlf"),
-             "tiny-sf": LateFusionConfig(), "tiny-mlf": LateFusionConfig("mlf", image_layers=4, text_layers=3, width=64, fusion_layers=2)}
+             "tiny-sf": LateFusionConfig(), "tiny-mlf": LateFusionConfig("mlf", image_layers=4, text_layers=3, width=64, fusion_layers=2),
+             "small-sf": LateFusionConfig("sf", 64, 8, image_width=192, image_layers=6, text_width=192, text_layers=5, width=256),
+             "small-mlf": LateFusionConfig("mlf", 64, 8, image_width=160, image_layers=6, text_width=160, text_layers=5, width=256, fusion_layers=2)}
 
 # %% ../nbs/18_baselines.ipynb #a74c07fe
 @dataclass
@@ -361,6 +363,7 @@ class BaselineConfig:
     data: str = "shapes"  # as for FuseLIP
     scenes: int = 5000  # of shapes
     tgit: int = 3  # transformations of each scene, of shapes
+    without: str = ""  # parts of a scene that are left out, of shapes
     text_vocab: int = 512  # ids of a text tokenizer trained on the data's texts; 0 takes CLIP's
     ahead: bool = True  # read all pictures before training; False reads and crops them in every step, as the paper does
     workers: int = 0  # processes that read pictures, where they are not read ahead
@@ -369,6 +372,8 @@ class BaselineConfig:
 
 
 BASELINE_PRESETS = {name: BaselineConfig(towers=BASELINES[name]) for name in ("tiny-sf", "tiny-mlf")}
+for _name in ("small-sf", "small-mlf"):
+    BASELINE_PRESETS[_name] = BaselineConfig(scenes=40_000, towers=BASELINES[_name], train=dataclasses.replace(PRESETS["small"].train, mask_probability=0.0))
 for _captions in ("cc3m", "cc12m"):
     for _name in ("siglip-s-sf", "siglip-s-mlf", "siglip-b-sf", "siglip-b-mlf"):
         BASELINE_PRESETS[f"{_name}-{_captions}"] = BaselineConfig(f"{_captions}-mm:data/cache", text_vocab=0, ahead=False, workers=8, towers=BASELINES[_name],
@@ -380,7 +385,7 @@ def build_baseline(
 ): # (LateFusion, pairs for `train`)
     "The model with fresh weights, and the data."
     seed_everything(config.train.seed)
-    source = open_data(config.data, config.train.seed, config.towers.image_size, scenes=config.scenes, tgit=config.tgit)
+    source = open_data(config.data, config.train.seed, config.towers.image_size, scenes=config.scenes, tgit=config.tgit, without=config.without)
     model = LateFusion(config.towers, text_tokenizer_for(source, config.text_vocab))
     pairs = pixel_pairs(source_groups(source), model) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers)
     steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder

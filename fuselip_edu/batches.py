@@ -89,7 +89,7 @@ def open_data(
     name:str, # one of chapter 12's `NAMES`, or "cc3m-mm:ROOT", "cc12m-mm:ROOT" for a mixture, whose sets lie in ROOT as `PLACES` says
     seed:int=0, # of made scenes and of random draws
     size:int=32, # pixels
-    **shapes # `scenes` and `tgit`, for the shapes world
+    **shapes # `scenes`, `tgit` and `without`, for the shapes world
 ): # a source
     "The data that a `--data` flag names."
     recipe, _, root = name.partition(":")

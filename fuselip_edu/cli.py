@@ -92,10 +92,11 @@ def train_command(rest):
 
 # %% ../nbs/28_cli.ipynb #3aa92db7
 def reproduce_command(rest):
-    from fuselip_edu.reproduce import Comparison, claims_table, reproduce, reproduction_table
+    from fuselip_edu.reproduce import Comparison, ablate, ablation_table, claims_table, reproduce, reproduction_table, run_folder
     asked = arguments(Comparison, rest, "reproduce")
-    results = reproduce(asked, " ".join(["fuselip-edu reproduce", *rest]))
-    print(f"{reproduction_table(results)}\n\n{claims_table(results)}\n\nresults: {Path(asked.run) / 'results.json'}")
+    results = (ablate if asked.ablations else reproduce)(asked, " ".join(["fuselip-edu reproduce", *rest]))
+    tables = [ablation_table(results)] if asked.ablations else [reproduction_table(results), claims_table(results)]
+    print("\n\n".join([*tables, f"results: {run_folder(asked) / 'results.json'}"]))
 
 # %% ../nbs/28_cli.ipynb #7cf10ba0
 def evaluate_command(rest):
@@ -165,7 +166,7 @@ def train_tokenizer_command(rest):
     from fuselip_edu.batches import open_data
     from fuselip_edu.core import write_json
     from fuselip_edu.sources import fit_tokenizer
-    from fuselip_edu.titok import TiTokConfig, TokenizerTrainConfig
+    from fuselip_edu.titok import TOKENIZER_PRESETS, TiTokConfig, TokenizerTrainConfig
     from fuselip_edu.train import preset
 
     @dataclass
@@ -180,8 +181,7 @@ def train_tokenizer_command(rest):
         train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
 
     name, rest = take(rest, "--preset", "tiny")
-    preset(name)
-    asked = arguments(TrainTokenizer, rest, "train-tokenizer")
+    asked = arguments(TrainTokenizer, rest, "train-tokenizer", TrainTokenizer(model=preset(name, TOKENIZER_PRESETS)))
     folder = Path(asked.run)
     if folder.is_dir() and any(folder.iterdir()): raise ValueError(f"{asked.run!r} is not empty; give another --run, or remove it to train again")
     show_settings(asdict(asked))

@@ -101,7 +101,7 @@ class SequenceEncoder(nn.Module):
         ids:torch.Tensor, # (b, n), int64, padded
         lengths:torch.Tensor, # (b,), true lengths; the last id of each is `<eot>`
         labels:torch.Tensor|None=None, # (b, n), hidden ids where masked, else -100
-        buckets:int=4 # sort by length and encode in this many parts, so that short sequences are not padded to the longest
+        buckets:int=8 # sort by length and encode in this many parts, so that short sequences are not padded to the longest
     ): # (b, width) unit vectors; with labels, an `Encoded`
         "Embed sequences; the result does not depend on `buckets` or on what else is in the batch."
         ends, lengths = find_ends(ids, lengths, self.vocab)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import atomic_path, load_image, progress, read_image, resize_image, seed_everything
+from .core import atomic_path, load_image, pick_device, progress, read_image, resize_image, seed_everything
 from .pairs import Item, Pair, Query
 from .shapes import scene_at, scene_pairs
 from .titok import TiTok, TiTokConfig, TokenizerTrainConfig, train_tokenizer
@@ -42,10 +42,14 @@ class ShapesSource:
         seed:int=0,
         split:str="train", # one of `shapes.SPLITS`
         size:int=32, # pixels
-        tgit:int=1 # transformations a scene
+        tgit:int=1, # transformations a scene
+        without:str="" # parts that are left out, joined by commas
     ):
         self.scenes, self.seed, self.split, self.size = scenes, seed, split, size
-        self.parts = (*("caption",) * 4, "vqa", "edit", "region", *("tgit",) * tgit)  # of one scene's items
+        parts, absent = (*("caption",) * 4, "vqa", "edit", "region", *("tgit",) * tgit), without.split(",") if without else []  # of one scene's items
+        self.parts = tuple(part for part in parts if part not in absent)
+        if unknown := set(absent) - {"caption", "vqa", "edit", "region", "tgit"}: raise ValueError(f"a scene has no part {min(unknown)!r}; its parts are caption, vqa, edit, region, tgit")
+        if not self.parts: raise ValueError(f"without {without} nothing is left of a scene; leave out fewer parts")
         self._scene = functools.lru_cache(maxsize=2)(self._groups_of)
 
     def _groups_of(self, index): # of scene `index`: {part: list of groups}
@@ -685,11 +689,12 @@ def open_source(
     seed:int=0, # of shapes and of transformations
     size:int=32, # pixels, of shapes and of transformed images
     tgit:int=1, # transformations a scene, of shapes
+    without:str="", # parts of a scene that are left out, of shapes
     names:str=NAMES # that the error offers
 ): # a source
     "The source that a `--data` flag names."
     kind, _, place = name.partition(":")
-    if kind == "shapes" and not place: return ShapesSource(scenes, seed, "train", size, tgit)
+    if kind == "shapes" and not place: return ShapesSource(scenes, seed, "train", size, tgit, without)
     openers = {"csv": CSVSource, "cc3m": open_captions, "cc12m": open_captions,
                "cc3m-aug": lambda place: AugmentedSource(open_captions(place), 0.9, seed, size),
                "cc12m-aug": lambda place: AugmentedSource(open_captions(place), 0.971, seed, size),
@@ -749,4 +754,5 @@ def fit_tokenizer(
     images = source_images(source, n, config.image_size)
     sample = images[:4000].float() / 255
     tokenizer = TiTok(replace(config, pixel_mean=round(float(sample.mean()), 4), pixel_std=round(float(sample.std()), 4)))
-    return tokenizer, train_tokenizer(tokenizer, images, recipe, watch)
+    rows = train_tokenizer(tokenizer.to(pick_device(recipe.device)), images, recipe, watch)
+    return tokenizer.cpu(), rows

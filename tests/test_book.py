@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from fuselip_edu.reproduce import rivals_table
+
 CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
             "sources", "batches", "distributed", "train", "evaluate", "baselines", "reproduce", "demo", "paper", "data", "cli"]
 
@@ -69,13 +71,23 @@ def test_numbers_of_the_comparison_come_from_its_results(root):
     for claim in found["claims"]: assert f"{100 * claim['difference']:+.1f}" in chapter
 
 
-@pytest.mark.parametrize("name", ["demo", "real"])
-def test_numbers_of_the_readme_come_from_results(name, root):
+def test_numbers_of_the_demo_come_from_its_results(root):
+    tasks = json.loads((root / "data" / "results" / "demo.json").read_text())["tasks"]
+    rows = [line for line in (root / "README.md").read_text().splitlines() if re.match(r"\| .*\d+\.\d – \d+\.\d", line)]
+    known = set(numbers_of(tasks))
+    assert len(rows) == len(tasks) and {number for line in rows for number in re.findall(r"-?\d+\.\d", line)} == known
+
+
+@pytest.mark.parametrize("name", ["nlvr", "emoji4", "grocery"])
+def test_numbers_of_real_sets_come_from_their_results(name, root):
     found = json.loads((root / "data" / "results" / f"{name}.json").read_text())
-    sets = [found["tasks"]] if name == "demo" else [row["tasks"] for row in found["sets"].values()]
-    readme = (root / "README.md").read_text()
-    rows = [line for line in readme.splitlines() if re.match(r"\| .*\d+\.\d – \d+\.\d", line)]
-    known = {number for other in ("demo", "real") for found in [json.loads((root / "data" / "results" / f"{other}.json").read_text())]
-             for tasks in ([found["tasks"]] if other == "demo" else [row["tasks"] for row in found["sets"].values()]) for number in numbers_of(tasks)}
-    assert rows and all(number in known for line in rows for number in re.findall(r"-?\d+\.\d", line))
-    assert all(number in readme for tasks in sets for number in numbers_of(tasks))
+    assert found["command"].startswith(f"python examples/{name}.py") and set(found["models"]) == {"fuselip", "sf", "mlf"}
+    table = rivals_table(found)
+    assert len(table.splitlines()) == 2 + len(found["models"]["fuselip"]["tasks"])
+    for path in ("README.md", "nbs/21_reproduce.ipynb"):
+        text = (root / path).read_text()
+        for line in table.splitlines(): assert line in text, f"{path} is not of data/results/{name}.json; run make notebooks"
+
+
+def test_results_name_no_place_of_this_machine(root):
+    for path in (root / "data" / "results").glob("*.json"): assert not re.search(r'"[^"]*(/work/|/tmp/|/home/|/root/)', path.read_text()), path

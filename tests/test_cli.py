@@ -113,6 +113,7 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
     (["train", "--train.lr", "fast"], "fast"),
     (["evaluate", "--model", "no/such/folder"], "no/such/folder"),
     (["train", "--tokenizer", "no/such/folder", "--run", "runs/never"], "no/such/folder"),
+    (["train-tokenizer", "--preset", "huge"], "unknown preset 'huge'; the presets are tiny, small"),
     (["train", "--init", "no/such/folder", "--run", "runs/never"], "no/such/folder"),
     (["train", "--preset", "tiny-sf", "--tokenizer", "tiny"], "--tokenizer"),
     (["evaluate", "--suite", "other", "--model", "x"], "unknown suite 'other'; the one suite is paper"),
@@ -164,3 +165,17 @@ def test_baselines_train_evaluate_and_embed(csv, root, tmp_path):
     for words in (("evaluate", "--data", f"csv:{csv}"), ("embed", "--texts", "a red card")):
         done = command(*words, "--model", tmp_path / "run", root=root)
         assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_the_preset_small_makes_its_tokenizer_and_then_itself(root, tmp_path):
+    words = ["train", "--preset", "small", "--scenes", "12", "--train.steps", "2", "--train.batch-size", "8", "--text-vocab", "300", "--train.device", "cpu", "--run", "runs/small"]
+    environment = tmp_path / "elsewhere"
+    environment.mkdir()
+    there = dict(root=environment)
+    assert "train-tokenizer --preset small --run runs/small-tokenizer" in failure(*words, **there) and not (environment / "runs" / "small").exists()
+    done = command("train-tokenizer", "--preset", "small", "--run", "runs/small-tokenizer", "--scenes", "3", "--train.steps", "4", "--train.free-steps", "2", "--train.batch-size", "2", "--train.device", "cpu", **there)
+    assert done.returncode == 0, done.stderr
+    done = command(*words, **there)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((environment / "runs" / "small" / "model" / "config.json").read_text())
+    assert config["image_tokenizer"]["image_size"] == 64 and config["image_tokenizer"]["n_latents"] == 64 and config["encoder"]["layers"] == 6

@@ -1,4 +1,5 @@
 "The example scripts, on a part of the real sets: what they train and ask is what they say."
+import csv
 import json
 import random
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fuselip_edu.cli import main
 from fuselip_edu.core import read_image
 from fuselip_edu.sources import CSVSource
 
@@ -184,6 +186,19 @@ def test_a_photo_has_its_own_name_and_shop_picture(prepared, data):
     assert all("grocery_val" in row["image"] for task in tests for row in tests[task].rows) and not any("grocery_val" in row["image"] for row in train.rows)
 
 
+@pytest.mark.parametrize("name", ["grocery", "emoji4"])
+def test_a_small_part_is_learned(name, data, tmp_path):
+    "Names, after half a minute with the shipped tokenizer: of new photos, or of emoji that were seen."
+    SETS[name][0].prepare(common.data_folder(name, data), tmp_path, {"grocery": 1200, "emoji4": 210}[name])
+    asked, run = tmp_path / ("tests/names.csv" if name == "grocery" else "seen.csv"), tmp_path / "run"
+    if name == "emoji4":
+        with open(tmp_path / "train.csv", newline="", encoding="utf-8") as file: rows = [row for row in csv.DictReader(file) if row["text"] and "," not in row["text"]]
+        common.write_csv(asked, rows)
+    assert main(["train", "--preset", "tiny", "--data", f"csv:{tmp_path / 'train.csv'}", "--run", str(run), "--train.steps", "150", "--train.batch-size", "64"]) == 0
+    assert main(["evaluate", "--model", str(run), "--data", f"csv:{asked}", "--candidates", "100", "--out", str(tmp_path / "found.json")]) == 0
+    for task, row in json.loads((tmp_path / "found.json").read_text())["tasks"].items(): assert row["ci95"][0] > row["chance"], task
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_missing_data_is_one_clear_line(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FUSELIP_DATA", str(tmp_path / "nowhere"))
@@ -193,7 +208,9 @@ def test_missing_data_is_one_clear_line(name, tmp_path, monkeypatch):
 
 def test_one_command_trains_and_compares(data, tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(command) or subprocess.CompletedProcess(command, 3))
+
+    def runs(code): monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(command) or subprocess.CompletedProcess(command, code))
+    runs(3)
     start = lambda *words: common.main("What it is.", "grocery", lambda data, out: grocery.prepare(data, out, 5), 20, 30, ["--data", str(data), "--out", str(tmp_path), *words])
     start("--prepare-only")
     assert not ran and (tmp_path / "tests" / "shop.csv").exists()
@@ -201,3 +218,8 @@ def test_one_command_trains_and_compares(data, tmp_path, monkeypatch):
     assert left.value.code == 3
     assert ran == [[sys.executable, "-m", "fuselip_edu", "reproduce", "--data", f"csv:{tmp_path}/train.csv", "--tests", f"{tmp_path}/tests", "--tokenizer-steps", "20", "--steps", "30",
                     "--seeds", "2", "--run", f"{tmp_path}/run"]]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"command": "reproduce", "models": {"sf": {"tasks": {"shop": {"mean": 0.5}}, "curves": [], "answers": {"shop": ["01"]}}}}))
+    runs(0)
+    start("--seeds", "2")
+    assert json.loads((tmp_path / "results.json").read_text()) == {"command": "python examples/grocery.py --seeds 2", "models": {"sf": {"tasks": {"shop": {"mean": 0.5}}}}}

@@ -13,6 +13,7 @@ from fuselip_edu.cli import main
 from fuselip_edu.evaluate import shapes_tasks
 from fuselip_edu.pairs import Item, Query
 from fuselip_edu.shapes import render, scene_at
+from fuselip_edu.titok import TOKENIZER_PRESETS, TiTok
 from fuselip_edu.train import PRESETS
 
 NAMES = ("position", "tgit", "classification")
@@ -63,12 +64,14 @@ def test_a_seed_reaches_every_model():
 
 
 @pytest.mark.parametrize("size", [name for name, config in PRESETS.items() if f"{name}-sf" in BASELINE_PRESETS])
-def test_models_of_one_size_have_as_many_parameters(size):
+def test_models_of_one_size_have_as_many_parameters(size, tmp_path):
     counts = []
+    TiTok(TOKENIZER_PRESETS[size]).save_pretrained(tmp_path)
     for name in r.MODELS:
         config = r.trial_config(name, 0, r.Comparison(size))
         config.scenes = 20
         config.train.batch_size = 32
+        if name == "fuselip": config.tokenizer = str(tmp_path)
         counts.append(sum(p.numel() for p in r.build_trial(config)[0].parameters() if p.requires_grad))
     assert max(counts) / counts[0] < 1.05 and min(counts) / counts[0] > 0.95
 
@@ -277,6 +280,42 @@ def test_own_data_through_the_command(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["models"]["sf"]["tasks"]) == ["names", "next"] and results["models"]["fuselip"]["pairs"] == 3 * 16
     assert (tmp_path / "run" / "tokenizer" / "config.json").exists() and "| names | next |" in capsys.readouterr().out
+
+
+# ---- one thing changed at a time
+
+def test_a_change_leaves_everything_else():
+    base = small("fuselip")
+    for name, changes in r.ABLATIONS.items():
+        other = r.changed(base, changes)
+        different = {field for field in ("data", "scenes", "tgit", "without", "tokenizer", "text_vocab") if getattr(base, field) != getattr(other, field)}
+        different |= {f"{part}.{field.name}" for part in ("train", "encoder") for field in dataclasses.fields(getattr(base, part))
+                      if getattr(getattr(base, part), field.name) != getattr(getattr(other, part), field.name)}
+        assert different == set(changes), name
+    with pytest.raises(ValueError, match="no field 'train.rate'"): r.changed(base, {"train.rate": 1})
+    assert set(r.CODEBOOKS) == {changes["tokenizer"] for changes in r.ABLATIONS.values() if "tokenizer" in changes}
+
+
+@pytest.mark.parametrize("name", [name for name in r.ABLATIONS if "encoder.width" in r.ABLATIONS[name]])
+def test_depth_and_width_are_exchanged_at_equal_cost(name):
+    cost = lambda config: config.encoder.layers * config.encoder.width ** 2
+    assert cost(r.changed(small("fuselip"), r.ABLATIONS[name])) == pytest.approx(cost(small("fuselip")), rel=0.05)
+
+
+def test_ablations_through_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", small("fuselip"))
+    monkeypatch.setattr(r, "ABLATIONS", {name: r.ABLATIONS[name] for name in ("nothing", "no captions", "9 tokens an image", "the seed")})
+    monkeypatch.setattr(r, "CODEBOOKS", {"9 tokens an image": r.CODEBOOKS["9 tokens an image"]})
+    words = ["reproduce", "--ablations", "--queries", "20", "--steps", "3", "--tokenizer-steps", "8", "--processes", "1", "--run", str(tmp_path / "run")]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(found["models"]) == ["nothing", "no captions", "9 tokens an image", "the seed"] and {claim["rival"] for claim in found["claims"]} == {*found["models"]} - {"nothing"}
+    said = capsys.readouterr().out
+    assert "| nothing |" in said and "| 9 tokens an image |" in said and found["models"]["nothing"]["pairs"] == 3 * 128
+    written = (tmp_path / "run" / "nothing" / "trial.json").stat().st_mtime_ns
+    assert main(words) == 0 and (tmp_path / "run" / "nothing" / "trial.json").stat().st_mtime_ns == written
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["claims"] == found["claims"]
+    assert main(["reproduce", "--ablations", "--data", "csv:x.csv", "--tests", "y"]) == 1 and "leave out --data or --ablations" in capsys.readouterr().err
 
 
 # ---- the command and the committed run

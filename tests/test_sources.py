@@ -788,3 +788,12 @@ def test_random_crops_keep_to_their_share_and_seed():
     state = torch.get_rng_state()
     sources.random_resized_crop(tall, 32, 0)
     assert torch.equal(state, torch.get_rng_state())  # nobody else's random numbers are used up
+
+
+def test_a_scene_without_some_of_its_parts_keeps_the_others():
+    whole, part = ShapesSource(3, tgit=2), ShapesSource(3, tgit=2, without="caption,edit")
+    assert whole.parts == (*("caption",) * 4, "vqa", "edit", "region", "tgit", "tgit") and part.parts == ("vqa", "region", "tgit", "tgit")
+    texts = lambda source, wanted: [pair.left.text for index in range(len(source)) if source.parts[index % len(source.parts)] in wanted for pair in source[index]]
+    assert texts(whole, part.parts) == texts(part, part.parts) and len(texts(part, part.parts)) > 20
+    with pytest.raises(ValueError, match="no part 'colour'"): ShapesSource(3, without="colour")
+    with pytest.raises(ValueError, match="nothing is left"): ShapesSource(3, without="caption,vqa,edit,region,tgit")

@@ -153,6 +153,13 @@ def test_shards_are_the_papers_ranks(pairs):
     assert [a + b for a, b in zip(*halves)] == whole
 
 
+def test_scattered_pairs_are_the_same_pairs(pairs):
+    together, scattered = (epoch_batches(pairs.groups, settings(batch_size=32, grouped=grouped), 0) for grouped in (True, False))
+    shared = lambda batches: sum(len({*group} & {*batch}) == len(group) for (batch,) in batches for group in pairs.groups if len(group) > 2)
+    assert len(together) == len(scattered) and shared(together) > 10 * shared(scattered)
+    assert {i for (batch,) in scattered for i in batch} <= set(range(len(pairs)))
+
+
 def test_more_processes_than_shards_is_an_error(pairs):
     with pytest.raises(ValueError, match="--train.shards 2"): train(small_model(), pairs, settings(skip_twins=False), world=World(0, 2))
     with pytest.raises(ValueError, match="accumulation 8 does not divide the 12 pairs"):
