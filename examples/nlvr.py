@@ -1,24 +1,28 @@
 """NLVR: human statements about three boxes of coloured shapes, and regions of a box.
 
 Trained: picture and statement, where the statement is true (train and dev), in all six orders of the boxes; in dev, whose objects are known, a true picture shares
-its batch with a false one of the same statement, which has a list of its objects as text; single boxes and lists of their objects; regions as below.
+its batch with a false one of the same statement, which has a list of its objects as text; single boxes, also mirrored, with lists of their objects; regions as below.
 Asked, on the test split:
   statement   which picture the statement is true of; the candidates are pictures that people called false (no picture has two statements, so this is the one way to ask);
   region      (box, "the yellow triangle") -> that object cut out; the candidates are the other objects of the box;
   place       (box, "the topmost shape") -> the same, but only the box tells what the shape looks like.
-Boxes and objects are cut out as PNG files. An object that looks like another of its box is never cut out; asked are boxes with three or more that do not.
+Boxes and objects are cut out as PNG files, objects without a margin: what stands beside one would tell its place. An object that looks like another of its box is never cut out; asked are boxes with three or more that do not.
 """
+import functools
 import itertools
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from PIL import Image
+
 from common import main, only_candidates, read_jsonl, spread, write_set
 from fuselip_edu.core import read_image
 
-SIDE, PITCH, MARGIN = 100, 150, 1  # pixels: of a box, from box to box, around an object
+SIDE, PITCH = 100, 150  # pixels: of a box, from box to box
 ORDERS = list(itertools.permutations(range(3)))  # of the boxes, as the pictures of a row show them
-CLEARLY = 5  # pixels that an object must be further out than any other
+MIRRORS = {"": (), "h": (Image.Transpose.FLIP_LEFT_RIGHT,), "v": (Image.Transpose.FLIP_TOP_BOTTOM,), "hv": (Image.Transpose.ROTATE_180,)}
+CLEARLY = 12  # pixels that an object must be further out than any other: four of the 32 that a model sees
 PLACES = {"leftmost": lambda thing: thing["x"], "rightmost": lambda thing: -thing["x"] - thing["size"],
           "topmost": lambda thing: thing["y"], "lowest": lambda thing: -thing["y"] - thing["size"]}
 
@@ -46,18 +50,21 @@ def split_rows(data, split, limit): # a list of rows for every statement
 def cell(data, row, order=0): return f"{data / 'nlvr_'}{row['id'].partition('-')[0].replace('train', 'train1k')}.zip#{row['images'][order]}"
 
 
-def cut(data, row, number, out): # box `number` of a row -> its file, and {object's number: file} of those that look like no other
-    strip, box, name = read_image(cell(data, row)), row["boxes"][number], out / "pictures" / f"{row['id']}-{number}"
+def mirrored(box, mirror): # its objects where they are then
+    flip = lambda at, size, turn: SIDE - at - size if turn else at
+    return [thing | {"x": flip(thing["x"], thing["size"], "h" in mirror), "y": flip(thing["y"], thing["size"], "v" in mirror)} for thing in box]
+
+
+def cut(picture, box, name): # a box and its objects -> its file, and {object's number: file} of those that look like no other
     name.parent.mkdir(parents=True, exist_ok=True)
 
     def save(path, left, top, right, bottom):
-        strip.crop((PITCH * number + max(0, left), max(0, top), PITCH * number + min(SIDE, right), min(SIDE, bottom))).save(path)
+        picture.crop((max(0, left), max(0, top), min(SIDE, right), min(SIDE, bottom))).save(path)
         return str(path)
 
-    looks, crops = Counter(map(look, box)), {}
-    for at, thing in enumerate(box):
-        x, y, size = thing["x"], thing["y"], thing["size"]
-        if looks[look(thing)] == 1: crops[at] = save(f"{name}-{at}.png", x - MARGIN, y - MARGIN, x + size + MARGIN, y + size + MARGIN)
+    looks = Counter(map(look, box))
+    crops = {at: save(f"{name}-{at}.png", thing["x"], thing["y"], thing["x"] + thing["size"], thing["y"] + thing["size"])
+             for at, thing in enumerate(box) if looks[look(thing)] == 1}
     return save(f"{name}.png", 0, 0, SIDE, SIDE), crops
 
 
@@ -66,15 +73,19 @@ def region_rows(box, file, crops): # -> rows of "region", rows of "place"
     return [[{"image": file, "instruction": phrase, "target_image": crops[at], "group": f"{task} {Path(file).stem}"} for at, phrase in phrases.items()] for task, phrases in asked.items()]
 
 
-def boxes(data, groups, out, fewest): # yields (objects, file of the box, files of the objects)
+def boxes(data, groups, out, fewest, mirrors=("",)): # yields (objects, file of the box, files of the objects)
     for row in itertools.chain.from_iterable(groups):
         for number, box in enumerate(row["boxes"]):
-            if list(Counter(map(look, box)).values()).count(1) >= fewest: yield box, *cut(data, row, number, out)
+            if list(Counter(map(look, box)).values()).count(1) < fewest: continue
+            picture = read_image(cell(data, row)).crop((PITCH * number, 0, PITCH * number + SIDE, SIDE))
+            for mirror in mirrors:
+                here, seen = mirrored(box, mirror), functools.reduce(Image.Image.transpose, MIRRORS[mirror], picture)
+                yield here, *cut(seen, here, out / "pictures" / f"{row['id']}-{number}{mirror}")
 
 
 def train_boxes(data, groups, out):
     rows = []
-    for box, file, crops in boxes(data, groups, out, fewest=0):
+    for box, file, crops in boxes(data, groups, out, fewest=0, mirrors=MIRRORS):
         rows.append({"image": file, "text": listed(box)})
         if len(crops) > 1: rows += itertools.chain(*region_rows(box, file, crops))
     return rows

@@ -146,12 +146,10 @@ def shown(path): # the colour that most pixels of a crop have, the background as
     return COLOURS.get(tuple(map(int, values[counts.argmax()])))
 
 
-def place_of(crop, box): # its top, left, bottom and right in the box
-    height, width, _ = crop.shape
-    at = np.argwhere((box == crop[height // 2, width // 2]).all(-1)) - (height // 2, width // 2)
-    found = [(y, x) for y, x in at if min(y, x) >= 0 and np.array_equal(box[y:y + height, x:x + width], crop)]
-    assert len(found) == 1
-    return (*found[0], found[0][0] + height, found[0][1] + width)
+def place_of(path, rows): # its top, left, bottom and right in the box, by the data
+    *name, number, at = Path(path).stem.split("-")
+    thing = rows["-".join(name)]["boxes"][int(number)][int(at)]
+    return thing["y"], thing["x"], min(100, thing["y"] + thing["size"]), min(100, thing["x"] + thing["size"])
 
 
 def test_a_crop_shows_what_the_phrase_says(prepared):
@@ -165,13 +163,14 @@ def test_a_crop_shows_what_the_phrase_says(prepared):
         assert "the " + " ".join(looks[0][1:]) == query.item.text and looks[0] not in looks[1:]
 
 
-def test_the_place_is_where_the_phrase_says(prepared):
-    queries = forwards(prepared("nlvr")[1]["place"])
+def test_the_place_is_where_the_phrase_says(prepared, data):
+    queries, rows = forwards(prepared("nlvr")[1]["place"]), {row["id"]: row for row in common.read_jsonl(data / "nlvr" / "nlvr_test.jsonl")}
     for query in queries:
         box = np.array(read_image(query.item.image))
-        top, left, bottom, right = place_of(np.asarray(read_image(query.candidates[0].image)), box)
+        top, left, bottom, right = place_of(query.candidates[0].image, rows)
+        assert np.array_equal(box[top:bottom, left:right], np.asarray(read_image(query.candidates[0].image)))
         box[top:bottom, left:right] = BACKGROUND  # what is left are the other objects
-        beyond = {"topmost": box[:top + 5], "lowest": box[bottom - 5:], "leftmost": box[:, :left + 5], "rightmost": box[:, right - 5:]}
+        beyond = {"topmost": box[:top + 12], "lowest": box[bottom - 12:], "leftmost": box[:, :left + 12], "rightmost": box[:, right - 12:]}
         assert (beyond[query.item.text.split()[1]] == BACKGROUND).all(), query.item.text
     assert len({query.item.text for query in queries}) == 4
 
@@ -184,6 +183,17 @@ def test_a_photo_has_its_own_name_and_shop_picture(prepared, data):
         product = classes[photos[member(row["image"])]["cls"]]
         assert row["text"] == product["name"] if row["text"] else member(row["target_image"]) == product["iconic"]
     assert all("grocery_val" in row["image"] for task in tests for row in tests[task].rows) and not any("grocery_val" in row["image"] for row in train.rows)
+
+
+def test_a_mirrored_box_is_the_picture_mirrored(prepared):
+    train, _ = prepared("nlvr")
+    files = {Path(row["image"]).stem: row for row in train.rows if row["image"].endswith(".png") and row["text"] and "#" not in row["image"]}
+    twins = [(row, files[f"{name}v"]) for name, row in files.items() if f"{name}v" in files]
+    assert len(twins) > 50
+    for row, twin in twins[:20]:
+        assert row["text"] == twin["text"] and np.array_equal(np.asarray(read_image(row["image"]))[::-1], np.asarray(read_image(twin["image"])))
+    phrases = {(row["image"], row["target_image"]): row["instruction"] for row in train.rows if "most shape" in row["instruction"] or "lowest" in row["instruction"]}
+    assert {phrase for (image, _), phrase in phrases.items() if Path(image).stem.endswith("v")} == {f"the {place} shape" for place in nlvr.PLACES}
 
 
 @pytest.mark.parametrize("name", ["grocery", "emoji4"])
