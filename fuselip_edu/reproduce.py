@@ -60,7 +60,7 @@ def _check(asked): # before anything is trained
     for model in asked.models.split(","):
         if model not in MODELS: raise ValueError(f"unknown model {model!r}; the models are {', '.join(MODELS)}")
 
-
+# %% ../nbs/21_reproduce.ipynb #7add303e
 def trial_config(
     model:str, # a key of `MODELS`
     seed:int,
@@ -501,7 +501,7 @@ def ablate(
     write_json(run / "results.json", results)
     return results
 
-
+# %% ../nbs/21_reproduce.ipynb #2048aa04
 def ablation_table(
     results:dict # from `ablate`
 ) -> str: # Markdown
