@@ -8,7 +8,6 @@ Asked, on the test split:
   place       (box, "the topmost shape") -> the same, but only the box tells what the shape looks like.
 Boxes and objects are cut out as PNG files, objects without a margin: what stands beside one would tell its place. An object that looks like another of its box is never cut out; asked are boxes with three or more that do not.
 """
-import functools
 import itertools
 import random
 from collections import Counter, defaultdict
@@ -21,7 +20,7 @@ from fuselip_edu.core import read_image
 
 SIDE, PITCH = 100, 150  # pixels: of a box, from box to box
 ORDERS = list(itertools.permutations(range(3)))  # of the boxes, as the pictures of a row show them
-MIRRORS = {"": (), "h": (Image.Transpose.FLIP_LEFT_RIGHT,), "v": (Image.Transpose.FLIP_TOP_BOTTOM,), "hv": (Image.Transpose.ROTATE_180,)}
+MIRRORS = {"": None, "h": Image.Transpose.FLIP_LEFT_RIGHT, "v": Image.Transpose.FLIP_TOP_BOTTOM, "hv": Image.Transpose.ROTATE_180}
 CLEARLY = 12  # pixels that an object must be further out than any other: four of the 32 that a model sees
 PLACES = {"leftmost": lambda thing: thing["x"], "rightmost": lambda thing: -thing["x"] - thing["size"],
           "topmost": lambda thing: thing["y"], "lowest": lambda thing: -thing["y"] - thing["size"]}
@@ -79,7 +78,7 @@ def boxes(data, groups, out, fewest, mirrors=("",)): # yields (objects, file of 
             if list(Counter(map(look, box)).values()).count(1) < fewest: continue
             picture = read_image(cell(data, row)).crop((PITCH * number, 0, PITCH * number + SIDE, SIDE))
             for mirror in mirrors:
-                here, seen = mirrored(box, mirror), functools.reduce(Image.Image.transpose, MIRRORS[mirror], picture)
+                here, seen = mirrored(box, mirror), picture.transpose(MIRRORS[mirror]) if mirror else picture
                 yield here, *cut(seen, here, out / "pictures" / f"{row['id']}-{number}{mirror}")
 
 

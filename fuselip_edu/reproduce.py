@@ -47,7 +47,7 @@ class Comparison:
     run: str = ""  # folder; runs/reproduce by default, or runs/ablations
     queries: int = 300  # test scenes of shapes
     processes: int = 0  # trainings at once, with a thread each; 0 takes the number of cores, or 1 with a GPU
-    ablations: bool = False  # instead of rivals: FuseLIP with one thing changed at a time
+    ablations: bool = False  # instead of `models` and `seeds`: FuseLIP, once for each thing changed
 
 
 def run_folder(asked): return Path(asked.run or ("runs/ablations" if asked.ablations else "runs/reproduce"))

@@ -89,5 +89,9 @@ def test_numbers_of_real_sets_come_from_their_results(name, root):
         for line in table.splitlines(): assert line in text, f"{path} is not of data/results/{name}.json; run make notebooks"
 
 
-def test_results_name_no_place_of_this_machine(root):
-    for path in (root / "data" / "results").glob("*.json"): assert not re.search(r'"[^"]*(/work/|/tmp/|/home/|/root/)', path.read_text()), path
+def test_results_and_chapters_name_no_place_of_this_machine(root):
+    place = r"(/work/|/tmp/|/home/|/root/)"
+    for path in (root / "data" / "results").glob("*.json"): assert not re.search(place, path.read_text()), path
+    for path in (root / "nbs").glob("*.ipynb"):
+        lines = [line for line in path.read_text().splitlines() if '"image/png"' not in line]
+        assert not [line for line in lines if re.search(place, line)], path
