@@ -22,7 +22,7 @@ from .core import atomic_path, fit_weights, load_weights, pick_device, progress,
 from .pairs import Item
 from .text import BPE, CLIPBPE, TEXT_TOKENIZERS
 from .titok import TiTok, TiTokConfig, build_from, encoder_config, fetch_folder, saved_config, weights_file
-from .transformer import Transformer, init_transformer, key_mask
+from .transformer import Transformer, init_transformer, key_mask, pack
 from .vocab import ItemTokenizer, Vocab, pad_sequences
 
 # %% ../nbs/08_fuselip.ipynb #25a1a4a1
@@ -101,22 +101,23 @@ class SequenceEncoder(nn.Module):
         ids:torch.Tensor, # (b, n), int64, padded
         lengths:torch.Tensor, # (b,), true lengths; the last id of each is `<eot>`
         labels:torch.Tensor|None=None, # (b, n), hidden ids where masked, else -100
-        buckets:int=8 # sort by length and encode in this many parts, so that short sequences are not padded to the longest
+        packed:bool=True # lay the sequences end to end, so that no padding is computed; an original checkpoint is always padded
     ): # (b, width) unit vectors; with labels, an `Encoded`
-        "Embed sequences; the result does not depend on `buckets` or on what else is in the batch."
+        "Embed sequences; the result does not depend on `packed` or on what else is in the batch."
         ends, lengths = find_ends(ids, lengths, self.vocab)
-        order, pooled, masked = lengths.argsort(stable=True), [], []
-        for rows in order.chunk(buckets):
-            n = int(lengths[rows].max())
-            x = self.hidden(ids[rows, :n], lengths[rows])
-            pooled.append(x[torch.arange(len(rows), device=x.device), ends[rows]])
-            if labels is not None:
-                row, column = (labels[rows, :n] >= 0).nonzero(as_tuple=True)
-                masked.append((x[row, column], labels[rows[row], column], rows[row]))
-        embeddings = F.normalize(self.ln_final(torch.cat(pooled)[order.argsort()]), dim=-1)
+        if packed and not self.vocab.original:
+            packing = pack(lengths)
+            row, column, ends = packing.row, packing.column, packing.ends
+            x = self.transformer(self.token_embedding(ids[row, column]) + F.embedding(column, self.positional_embedding), packing=packing)
+        else:
+            n = int(lengths.max())
+            row, column = torch.ones_like(ids[:, :n]).nonzero(as_tuple=True)
+            x, ends = self.hidden(ids[:, :n], lengths).flatten(0, 1), ends + n * torch.arange(len(ids), device=ids.device)
+        embeddings = F.normalize(self.ln_final(x.index_select(0, ends)), dim=-1)  # x: (t, width), a row a token
         if labels is None: return embeddings
-        states, targets, rows = map(torch.cat, zip(*masked))
-        return Encoded(embeddings, self.mask_prediction_head(states, self.token_embedding.weight), targets, rows)
+        labels = labels[row, column]
+        at = (labels >= 0).nonzero()[:, 0]
+        return Encoded(embeddings, self.mask_prediction_head(x.index_select(0, at), self.token_embedding.weight), labels[at], row[at])
 
 # %% ../nbs/08_fuselip.ipynb #b110d796
 def make_items(
@@ -151,7 +152,7 @@ def embed_sequences(
     for start in progress(range(0, len(order), batch_size), "embedding"):
         part = order[start:start + batch_size]
         ids, lengths = pad_sequences([sequences[i] for i in part])
-        result[part] = model(ids.to(model.device), lengths.to(model.device), buckets=1).float().cpu()
+        result[part] = model(ids.to(model.device), lengths.to(model.device), packed=False).float().cpu()
     model.train(was_training)
     return result
 

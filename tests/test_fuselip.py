@@ -103,34 +103,34 @@ def batch():
     return [images[0], None, images[1], images[2], images[3], None, images[4]], [TEXTS[0], TEXTS[1], None, TEXTS[2], TEXTS[3], TEXTS[3], None]
 
 
-def test_padding_and_buckets_do_not_matter(model, batch):
+def test_padding_and_packing_do_not_matter(model, batch):
     sequences = model.item_tokenizer(make_items(*batch))
     ids, lengths = pad_sequences(sequences)
     wide = torch.nn.functional.pad(ids, (0, 32 - ids.shape[1]), value=7)  # padding of any id is padding
     with torch.no_grad():
-        one = model(ids, lengths, buckets=1)
-        for buckets in (2, 3, 7, 20): torch.testing.assert_close(model(wide, lengths, buckets=buckets), one, atol=1e-5, rtol=0)
+        one = model(ids, lengths, packed=False)
+        for packed in (False, True): torch.testing.assert_close(model(wide, lengths, packed=packed), one, atol=1e-5, rtol=0)
         for row, sequence in enumerate(sequences):
             torch.testing.assert_close(model(*pad_sequences([sequence]))[0], one[row], atol=1e-5, rtol=0)
     assert (one[0] - one[1]).abs().max() > 0.01
 
 
 def the_original_written_out(encoder, ids):
-    "Cut at the last of the first ends, hide every id 0, pool at the first end; no lengths, no buckets."
+    "Cut at the last of the first ends, hide every id 0, pool at the first end; no lengths, no packing."
     vocab, ends = encoder.vocab, torch.tensor([row.index(encoder.vocab.eot) for row in ids.tolist()])
     ids = ids[:, :int(ends.max()) + 1]
     x = encoder.token_embedding(ids) + encoder.positional_embedding[:ids.shape[1]]
     for block in encoder.transformer.resblocks:
-        scores = block.attn.project(block.ln_1(x))
+        scores = block.attn.split_heads(block.attn.project(block.ln_1(x)))
         attention = (scores[0] @ scores[1].mT / scores[0].shape[-1] ** 0.5).masked_fill((ids == 0)[:, None, None], -torch.inf).softmax(-1) @ scores[2]
         x = x + block.attn.out_proj(attention.transpose(1, 2).flatten(2))
         x = x + block.mlp(block.ln_2(x))
     return torch.nn.functional.normalize(encoder.ln_final(x[torch.arange(len(ids)), ends]), dim=-1)
 
 
-@pytest.mark.parametrize("buckets", [1, 2, 4])
+@pytest.mark.parametrize("packed", [False, True])
 @torch.no_grad()
-def test_quirks_of_the_original(buckets):
+def test_quirks_of_the_original(packed):
     "Zeros inside and ends inside, in a batch of any lengths."
     torch.manual_seed(0)
     quirky = SequenceEncoder(FuseLIPConfig(64, 2, 4, 4.0, 48), Vocab(**vars(VOCAB) | {"original": True})).eval()
@@ -141,21 +141,21 @@ def test_quirks_of_the_original(buckets):
     for _ in range(5):
         texts = [[rng.choice([0, 0, 302, *range(1, 60)]) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
         ids, lengths = pad_sequences([quirky.vocab.sequence((), text) for text in texts])
-        torch.testing.assert_close(quirky(ids, lengths, buckets=buckets), the_original_written_out(quirky, ids), atol=1e-5, rtol=0)
+        torch.testing.assert_close(quirky(ids, lengths, packed=packed), the_original_written_out(quirky, ids), atol=1e-5, rtol=0)
         ordinary, lengths = pad_sequences([VOCAB.sequence((), [word or 1 for word in text if word != 302]) for text in texts])
-        torch.testing.assert_close(quirky(ordinary, lengths, buckets=buckets), plain(ordinary, lengths, buckets=buckets), atol=1e-5, rtol=0)
+        torch.testing.assert_close(quirky(ordinary, lengths, packed=packed), plain(ordinary, lengths, packed=packed), atol=1e-5, rtol=0)
 
 
-def test_masked_positions_do_not_depend_on_buckets(model, batch):
+def test_masked_positions_do_not_depend_on_packing(model, batch):
     ids, lengths = pad_sequences(model.item_tokenizer(make_items(*batch)))
     chosen = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.4) & (torch.arange(ids.shape[1]) < lengths[:, None] - 1)
     labels, hidden = ids.masked_fill(~chosen, -100), ids.masked_fill(chosen, model.vocab.mask)
-    with torch.no_grad(): one, three = (model(hidden, lengths, labels, buckets=buckets) for buckets in (1, 3))
+    with torch.no_grad(): one, other = (model(hidden, lengths, labels, packed=packed) for packed in (False, True))
     assert len(one.targets) == int(chosen.sum()) > 0
-    for encoded in (one, three):
+    for encoded in (one, other):
         order = encoded.rows.argsort(stable=True)
         assert torch.equal(encoded.targets[order], ids[chosen]) and torch.equal(encoded.rows[order], chosen.nonzero()[:, 0])
-    torch.testing.assert_close(one.logits[one.rows.argsort(stable=True)], three.logits[three.rows.argsort(stable=True)], atol=1e-5, rtol=0)
+    torch.testing.assert_close(one.logits[one.rows.argsort(stable=True)], other.logits[other.rows.argsort(stable=True)], atol=1e-5, rtol=0)
 
 
 def test_nothing_masked_gives_no_logits(model):

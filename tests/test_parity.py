@@ -217,7 +217,7 @@ def test_texts_alone(model, io):
     hidden, real = model.hidden(ids, lengths), torch.arange(ids.shape[1]) < lengths[:, None]
     close(hidden[real], io["text_only.hidden"][real])
     close(model.ln_final(hidden[torch.arange(len(ids)), lengths - 1]), io["text_only.emb_unnormalised"], atol=5e-4)
-    for buckets in (1, 3): close(model(ids, lengths, buckets=buckets), io["text_only.emb"])
+    for packed in (False, True): close(model(ids, lengths, packed=packed), io["text_only.emb"])
     _, texts = sides(torch.zeros(len(ids)), torch.zeros(len(ids)).int(), None, ids, model.vocab)
     written = [i for i, text in enumerate(texts) if text]
     close(model.encode_text([texts[i] for i in written]), io["text_only.emb"][written])
@@ -231,7 +231,7 @@ def test_any_mix(model, io):
     batch = model.collate(fuselip.make_items(images, texts))
     assert torch.equal(F.pad(batch["ids"], (0, ids.shape[1] - batch["ids"].shape[1])), ids)
     close(model.encode(images, texts), io["mixed.emb"])
-    for buckets in (1, 2, 5): close(model(**batch, buckets=buckets), io["mixed.emb"])
+    for packed in (False, True): close(model(**batch, packed=packed), io["mixed.emb"])
     real = torch.arange(ids.shape[1]) < batch["lengths"][:, None]
     close(model.hidden(ids, batch["lengths"])[real], io["mixed.hidden"][real])
 
@@ -241,7 +241,7 @@ def test_zero_inside_a_text(model, io, checkpoint, words):
     ids = io["text_zero_inside.ids"]
     lengths = lengths_of(ids, model.vocab)
     assert any((row[:n] == 0).any() for row, n in zip(ids, lengths))
-    for buckets in (1, 2): close(model(ids, lengths, buckets=buckets), io["text_zero_inside.emb"])
+    for packed in (False, True): close(model(ids, lengths, packed=packed), io["text_zero_inside.emb"])
     model.vocab = Vocab(**vars(model.vocab) | {"original": False})
     assert (model(ids, lengths) - io["text_zero_inside.emb"]).abs().max() > 1e-2  # ours attends to it
 
@@ -269,11 +269,11 @@ def test_training_batch(model, io, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("buckets", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
 @torch.no_grad()
-def test_masked_forward(model, io, side, buckets):
+def test_masked_forward(model, io, side, packed):
     ids, labels = io[f"train.{side}.masked_ids"], io[f"train.{side}.labels"]
-    encoded = model(ids, lengths_of(ids, model.vocab), labels, buckets=buckets)
+    encoded = model(ids, lengths_of(ids, model.vocab), labels, packed=packed)
     order = encoded.rows.argsort(stable=True)  # ours come shortest sequence first, the original's row by row
     close(encoded.embeddings, io[f"train.{side}.emb"])
     assert torch.equal(encoded.targets[order], io[f"train.{side}.mlm_targets"])

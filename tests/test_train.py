@@ -1,4 +1,5 @@
 "The loop: resume, checkpoints, accumulation, shards, a full disk; pairs that are read when needed; the paper's presets."
+import functools
 import os
 import resource
 import subprocess
@@ -65,11 +66,16 @@ def test_accumulation_gives_the_same_gradient(pairs, loss):
         assert torch.allclose(gradient, found[0][1], atol=1e-5)
 
 
-def test_length_buckets_do_not_change_the_gradient(pairs):
-    model, config = small_model(), settings()
-    inputs = make_batch(pairs.inputs(range(16)), model, config, 0).inputs
-    one, four = (model(inputs["ids"], inputs["lengths"], buckets=buckets) for buckets in (1, 4))
-    assert torch.allclose(one, four, atol=1e-5)
+def test_packing_changes_neither_losses_nor_gradients(pairs):
+    config, found = settings(mask_probability=0.2), []
+    for packed in (False, True):
+        model = small_model()
+        model.forward = functools.partial(model.forward, packed=packed)
+        values = backward(model, make_batch(pairs.inputs(range(16)), model, config, 0), config)
+        found.append((values, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    largest = float(found[0][1].abs().max())
+    torch.testing.assert_close(*(gradient for _, gradient in found), atol=1e-6 * largest, rtol=0)
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys):

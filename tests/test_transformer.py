@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fuselip_edu.transformer import MLP, Attention, Block, Transformer, init_transformer, key_mask
+from fuselip_edu.transformer import MLP, Attention, Block, Transformer, init_transformer, key_mask, pack
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +151,45 @@ def test_attention_maps_come_from_every_layer():
     x = encoder.resblocks[0](x, mask)
     second = encoder.resblocks[1]
     assert torch.allclose(maps[1], second.attn.weights(second.ln_1(x), mask))
+
+
+SETS = [[1], [5, 5, 5], [3, 1, 3, 9, 1], [2, 40, 17, 17, 180, 2]]
+
+
+@pytest.mark.parametrize("lengths", SETS, ids=str)
+def test_packing_keeps_every_token_once_and_equal_lengths_together(lengths):
+    packing = pack(torch.tensor(lengths))
+    assert sorted(zip(packing.row.tolist(), packing.column.tolist())) == [(row, at) for row, n in enumerate(lengths) for at in range(n)]
+    assert [(int(packing.row[end]), int(packing.column[end])) for end in packing.ends] == [(row, n - 1) for row, n in enumerate(lengths)]
+    assert [n for count, n in packing.runs for _ in range(count)] == sorted(lengths) == packing.starts.diff().tolist()
+    assert len(packing.runs) == len(set(lengths))
+
+
+@pytest.mark.parametrize("lengths", SETS, ids=str)
+def test_a_packed_transformer_gives_the_padded_ones_states_and_gradients(lengths):
+    lengths = torch.tensor(lengths)
+    encoder, n, packing = Transformer(32, 2, 4).double(), int(lengths.max()), pack(lengths)
+    x, weights = torch.randn(len(lengths), n, 32, dtype=torch.float64), torch.randn(len(lengths), n, 32, dtype=torch.float64)
+    at = packing.row, packing.column
+    found = []
+    for states in (lambda: encoder(x, key_mask(lengths, n))[at], lambda: encoder(x[at], packing=packing)):
+        encoder.zero_grad()
+        result = states()
+        (result * weights[at]).sum().backward()
+        found.append([result.detach(), *(p.grad.clone() for p in encoder.parameters())])
+    for padded, packed in zip(*found): torch.testing.assert_close(packed, padded, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernel_for_any_lengths_gives_what_the_runs_give(monkeypatch):
+    import fuselip_edu.transformer as module
+    lengths = torch.tensor([2, 40, 17, 17, 180, 2], device="cuda")
+    encoder, packing = Transformer(128, 2, 2).cuda(), pack(lengths)
+    x, found = torch.randn(len(packing.row), 128, device="cuda"), []
+    for kernel in (module.varlen_attn, None):
+        monkeypatch.setattr(module, "varlen_attn", kernel)
+        encoder.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16): result = encoder(x, packing=packing)
+        result.square().mean().backward()
+        found.append([result.detach(), *(p.grad.clone() for p in encoder.parameters())])
+    for ours, plain in zip(*found): torch.testing.assert_close(ours, plain, atol=2e-2 * float(plain.abs().max()), rtol=0)
