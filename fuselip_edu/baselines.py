@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batches import Sequences, SourcePairs, open_data
+from .batches import BadItems, Sequences, SourcePairs, open_data, parse_share, readable_groups
 from .core import load_image, load_weights, pick_device, progress, seed_everything, save_weights, write_json
 from .fuselip import FuseLIP, ItemEncoder, read_model_config, saved_text_tokenizer
-from .sources import source_groups
 from .text import BPE, CLIPBPE
 from .titok import build_from, fetch_folder, saved_config, weights_file
 from .train import PRESETS, TrainConfig, paper_training, steps_an_epoch, text_tokenizer_for
@@ -366,6 +365,7 @@ class BaselineConfig:
     without: str = ""  # parts of a scene that are left out, of shapes
     text_vocab: int = 512  # ids of a text tokenizer trained on the data's texts; 0 takes CLIP's
     ahead: bool = True  # read all pictures before training; False reads and crops them in every step, as the paper does
+    max_bad: str = "0.1%"  # share of the data that may be unreadable and is passed over; more stops the run
     workers: int = 0  # processes that read pictures, where they are not read ahead
     towers: LateFusionConfig = field(default_factory=LateFusionConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(mask_probability=0.0))
@@ -387,7 +387,8 @@ def build_baseline(
     seed_everything(config.train.seed)
     source = open_data(config.data, config.train.seed, config.towers.image_size, scenes=config.scenes, tgit=config.tgit, without=config.without)
     model = LateFusion(config.towers, text_tokenizer_for(source, config.text_vocab))
-    pairs = pixel_pairs(source_groups(source), model) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers)
+    bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
+    pairs = pixel_pairs(readable_groups(source, bad), model) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)
     steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder
     return model, pairs
 

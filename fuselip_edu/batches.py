@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PLACES', 'grouped_batches', 'MixedSource', 'kept_groups', 'open_data', 'Sequences', 'TokenPairs',
-           'tokenize_pairs', 'SourcePairs']
+           'tokenize_pairs', 'Unreadable', 'Reader', 'parse_share', 'BadItems', 'readable_groups', 'SourcePairs',
+           'to_size']
 
 # %% ../nbs/13_batches.ipynb #b85fe90c
-import bisect, itertools, random
+import bisect, itertools, json, random, sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .core import progress
+from .core import load_image, progress
 from .pairs import Item, Pair
 from .sources import NAMES, open_source, random_resized_crop
 
@@ -171,6 +172,78 @@ def tokenize_pairs(
     if waiting: flush()
     return TokenPairs(Sequences(left), Sequences(right), indices)
 
+# %% ../nbs/13_batches.ipynb #d993d4c2
+class Unreadable(str): "Why an item has no pairs."
+
+
+class Reader:
+    "`pairs[index]` for a `DataLoader`; where the item is broken, the reason in its place."
+    def __init__(self, pairs): self.pairs = pairs
+
+    def __getitem__(self, index):
+        try: return self.pairs[index]
+        except (ValueError, OSError, SyntaxError, EOFError) as error: return Unreadable(" ".join(str(error).split()) or type(error).__name__)
+
+
+def parse_share(
+    text:str # "0.1%" or "0.001"
+) -> float:
+    "A share of a whole; `ValueError` if it is none."
+    number, percent = (text[:-1], 100) if text.endswith("%") else (text, 1)
+    try: share = float(number) / percent
+    except ValueError: share = -1.0
+    if not 0 <= share <= 1: raise ValueError(f"{text!r} is not a share; give one such as 0.1% or 0.001")
+    return share
+
+# %% ../nbs/13_batches.ipynb #ab1765ed
+class BadItems:
+    "Counts the items that cannot be read; `passed_over` raises `ValueError` when they are more than a share of the data."
+    def __init__(self,
+        total:int, # items of the data
+        share:float=0.0 # of them that may be bad
+    ):
+        self.total, self.share, self.log, self.reasons = total, share, None, {}
+
+    def write_to(self,
+        log:Path # a line of JSON for each is appended here; what is there already counts
+    ):
+        self.log = log
+        if log.exists(): self.reasons |= {row["item"]: row["reason"] for row in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
+
+    def passed_over(self, index, found): # a list of `Pair` -> itself; an `Unreadable` -> no pairs
+        if not isinstance(found, Unreadable): return found
+        if index not in self.reasons:
+            self.reasons[index] = str(found)
+            print(f"item {index} is passed over: {found}", file=sys.stderr, flush=True)
+            if self.log is not None:
+                with open(self.log, "a", encoding="utf-8") as file: file.write(json.dumps({"item": index, "reason": str(found)}) + "\n")
+        if len(self.reasons) > self.share * self.total:
+            raise ValueError(f"{len(self.reasons)} of {self.total} items cannot be read, more than {100 * self.share:g} %; the last is item {index}: {found}. Mend or remove it, or allow more with --max-bad")
+        return []
+
+
+def readable_groups(
+    source, # anything with `groups` and `source[i]`
+    bad:BadItems
+): # yields lists of `Pair`, none of them empty
+    "The groups of a source whose pictures are files, each opened once to see that it can be."
+    reader, verdict = Reader(source), {}
+
+    def opened(found):
+        for path in (item.image for pair in found for item in (pair.left, pair.right) if isinstance(item.image, (str, Path))):
+            if path not in verdict: verdict[path] = _trouble(path)
+            if verdict[path]: return verdict[path]
+        return found
+
+    for group in source.groups:
+        items = ((index, reader[index]) for index in group)
+        if pairs := [pair for index, found in items for pair in bad.passed_over(index, found if isinstance(found, Unreadable) else opened(found))]: yield pairs
+
+
+def _trouble(path): # an `Unreadable`, or None
+    try: load_image(path)
+    except (ValueError, OSError, SyntaxError, EOFError) as error: return Unreadable(error)
+
 # %% ../nbs/13_batches.ipynb #4d780838
 class SourcePairs:
     "Pairs that are read, cropped and turned into a model's inputs when a batch asks for them."
@@ -178,9 +251,11 @@ class SourcePairs:
         source, # anything with `groups` and `source[i]`
         model, # with `collate(items)` and `image_size`
         seed:int=0,
-        workers:int=0 # processes that read ahead; 0 reads in this one
+        workers:int=0, # processes that read ahead; 0 reads in this one
+        bad:BadItems|None=None # where unreadable items are counted; None stops at the first
     ):
         self.source, self.model, self.seed, self.workers, self.groups, self.epoch = source, model, seed, workers, source.groups, 0
+        self.bad = BadItems(len(self)) if bad is None else bad
 
     def __len__(self): return sum(map(len, self.groups))  # items; some turn into several pairs
 
@@ -199,13 +274,12 @@ class SourcePairs:
         "Read, cut every shard to its size, and collate."
         from torch.utils.data import DataLoader
         flat = [[index for shard in batch for index in shard] for batch in batches]
-        for batch, items in zip(batches, DataLoader(self, batch_sampler=flat, num_workers=self.workers, collate_fn=list)):
-            items = iter(items)
-            pairs = [pair for shard in batch for pair in _to_size(itertools.islice(items, len(shard)), shard)]
+        for batch, indices, items in zip(batches, flat, DataLoader(Reader(self), batch_sampler=flat, num_workers=self.workers, collate_fn=list)):
+            items = iter([self.bad.passed_over(index, item) for index, item in zip(indices, items)])
+            pairs = [pair for shard in batch for pair in to_size([pair for item in itertools.islice(items, len(shard)) for pair in item], shard)]
             yield self.model.collate([pair.left for pair in pairs] + [pair.right for pair in pairs])
 
 
-def _to_size(items, shard): # the pairs of its items -> as many as it has indices: cut off, or begun again
-    pairs = list(itertools.chain.from_iterable(items))
+def to_size(pairs, shard): # as many as the shard has indices: cut off, or begun again
     if not pairs: raise ValueError(f"items {', '.join(map(str, shard[:8]))} of the data have no pairs, and nothing else is in their batch; look for empty texts there")
     return list(itertools.islice(itertools.cycle(pairs), len(shard)))

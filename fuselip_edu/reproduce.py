@@ -439,6 +439,7 @@ ABLATIONS = {  # {what is changed: {field: value}}; a tokenizer of `CODEBOOKS` i
     "no masked loss": {"train.mask_probability": 0.0},
     "masked loss counts four times": {"train.mask_weight": 1.0},
     "a tenth hidden, as in the paper": {"train.mask_probability": 0.1},
+    "AdamW for all, as in the paper": {"train.optimizer": "adamw"},
     "hard negatives scattered": {"train.grouped": False},
     "soft-max loss": {"train.loss": "softmax"},
     "twins are negatives, as in the paper": {"train.skip_twins": False},

@@ -14,7 +14,8 @@ from fuselip_edu.batches import SourcePairs, grouped_batches, tokenize_pairs
 from fuselip_edu.distributed import World
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
-from fuselip_edu.train import (PRESETS, TrainConfig, backward, batches_from, build, epoch_batches, load_checkpoint, make_batch, parameter_groups, preset,
+from fuselip_edu.train import (PRESETS, TrainConfig, backward, batches_from, build, epoch_batches, load_checkpoint, make_batch, make_optimizer, orthogonalised,
+                               parameter_groups, preset,
                                save_checkpoint, steps_an_epoch, train, twins)
 
 
@@ -76,6 +77,44 @@ def test_packing_changes_neither_losses_nor_gradients(pairs):
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     largest = float(found[0][1].abs().max())
     torch.testing.assert_close(*(gradient for _, gradient in found), atol=1e-6 * largest, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 20), (20, 4)])
+def test_orthogonalised_evens_out_the_strengths_and_keeps_the_directions(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    strengths = left.mT @ orthogonalised(matrix) @ right.mT
+    assert (strengths - strengths.diag().diag()).abs().max() < 1e-6 and 0.6 < strengths.diag().min() <= strengths.diag().max() < 1.3
+
+
+def test_muon_is_pytorchs_for_matrices_and_adamw_for_the_rest():
+    ours, theirs, config = small_model(), small_model(), settings(optimizer="muon")
+    optimizer = make_optimizer(ours, config)
+    own = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    inside = {name for name, p in own.items() if "resblocks" in name and p.ndim == 2}
+    assert len(inside) == 4 * 2 and sum(len(group["params"]) for group in optimizer.param_groups) == len(own)
+    muon = torch.optim.Muon([own[name] for name in inside], lr=10 * config.lr, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="original")
+    rest = [{**group, "params": [p for p in group["params"] if not any(p is own[name] for name in inside)]} for group in parameter_groups(theirs, config.weight_decay)]
+    adamw = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), fused=True)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        before = {name: p.detach().clone() for name, p in own.items()}
+        for name, p in ours.named_parameters():
+            if p.requires_grad: p.grad = own[name].grad = torch.randn_like(p)
+        for each in (optimizer, muon, adamw): each.step()
+    for name, p in ours.named_parameters():
+        if not p.requires_grad: continue
+        step = (own[name] - before[name]).abs().max()
+        close = 0.05 * step if name in inside else 1e-7  # theirs orthogonalises in bfloat16
+        assert (p - own[name]).abs().max() <= close and step > 0, name
+
+
+def test_the_papers_optimiser_is_adamw():
+    optimizer = make_optimizer(small_model(), settings(optimizer="adamw"))
+    assert type(optimizer) is torch.optim.AdamW and len(optimizer.param_groups) == 2
+    assert {PRESETS[name].train.optimizer for name in PRESETS if name.startswith("fuselip")} == {"adamw"}
+    with pytest.raises(ValueError, match="train.optimizer must be 'muon' or 'adamw', not 'sgd'"): TrainConfig(optimizer="sgd")
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys):
