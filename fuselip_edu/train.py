@@ -31,7 +31,7 @@ from .titok import PUBLISHED, TINY_TOKENIZER, TiTok
 @dataclass
 class TrainConfig:
     "How to train; the defaults are the `tiny` preset's."
-    steps: int = 2000  # optimiser steps
+    steps: int = 2400  # optimiser steps
     epochs: int = 0  # passes over the data instead of `steps`; 0 means that `steps` counts
     seconds: float = 0.0  # stop after this long if it comes first; 0 means no limit. A run cut by the clock is not reproducible
     batch_size: int = 128  # pairs a step, in all processes together; all are negatives of each other
