@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HELP', 'COMMANDS', 'arguments', 'take', 'demo_command', 'train_command', 'reproduce_command', 'evaluate_command',
-           'evaluate_paper', 'embed_command', 'train_tokenizer_command', 'data_command', 'show_settings', 'main']
+           'evaluate_paper', 'embed_command', 'train_tokenizer_command', 'tokenize_command', 'data_command',
+           'show_settings', 'main']
 
 # %% ../nbs/28_cli.ipynb #3aba3e1f
 import contextlib, io, itertools, os, sys
@@ -20,6 +21,7 @@ HELP = """fuselip-edu COMMAND [flags]
   evaluate          the paper's nine columns               --suite paper --data-root DIR
   embed             images and texts to unit vectors       --model FOLDER, or a hub id
   train-tokenizer   train an image tokenizer
+  tokenize          images to codes, texts to ids, once    --data … --out FOLDER
   reproduce         FuseLIP against late fusion, several seeds: the paper's claims in miniature
   data              list | check NAME | get NAME | make-vqa: the paper's data sets
 
@@ -193,6 +195,50 @@ def train_tokenizer_command(rest):
     if asked.export: tokenizer.save_pretrained(asked.export, torch.float16)
     print(f"tokenizer: {asked.export or folder / 'tokenizer'}")
 
+# %% ../nbs/28_cli.ipynb #f8ba5ec4
+def tokenize_command(rest):
+    from fuselip_edu.batches import open_data, parse_share
+    from fuselip_edu.core import pick_device
+    from fuselip_edu.distributed import read_world
+    from fuselip_edu.titok import TiTok
+    from fuselip_edu.token_cache import cache_cost, cache_plan, cost_table, tokenize_source
+    from fuselip_edu.train import PRESETS, preset, text_tokenizer_for, tokenizer_place
+    from fuselip_edu.vocab import ItemTokenizer
+    name, rest = take(rest, "--preset", "tiny")
+    given = preset(name, PRESETS)
+
+    @dataclass
+    class Tokenize:
+        "Images to codes and texts to ids, once; then fuselip-edu train --data cache:OUT. Started again, it goes on."
+        out: str  # folder of the cache
+        data: str = given.data  # as for train
+        scenes: int = given.scenes  # of shapes
+        tgit: int = given.tgit  # transformations of each scene, of shapes
+        tokenizer: str = given.tokenizer  # as for train
+        text_vocab: int = given.text_vocab  # as for train
+        views: int = 1  # draws of every item: crops and transformations; as many as epochs repeat nothing
+        seed: int = given.train.seed
+        block: int = 0  # items a part; 0 chooses
+        max_bad: str = given.max_bad  # share of the items that may be unreadable
+        workers: int = given.workers  # processes that read pictures
+        rank: int = -1  # this process among `world`; -1 asks torchrun
+        world: int = 1
+        device: str = "auto"
+
+    asked = arguments(Tokenize, rest, "tokenize")
+    here = read_world(asked.device)
+    rank, world = (here.rank, here.size) if asked.rank < 0 else (asked.rank, asked.world)
+    if not 0 <= rank < world: raise ValueError(f"there is no rank {rank} among {world} processes; ranks count from 0 to {world - 1}")
+    image_tokenizer = TiTok.from_pretrained(tokenizer_place(asked.tokenizer))
+    source = open_data(asked.data, asked.seed, image_tokenizer.config.image_size, scenes=asked.scenes, tgit=asked.tgit)
+    text_tokenizer = text_tokenizer_for(source, asked.text_vocab)
+    item_tokenizer = ItemTokenizer(image_tokenizer.to(here.device), text_tokenizer, given.encoder.context)
+    plan = cache_plan(source, item_tokenizer, asked.data, asked.seed, asked.views, asked.block)
+    print(cost_table(cache_cost(source, item_tokenizer, plan), asked.data, asked.views, world), file=sys.stderr, flush=True)
+    manifest = tokenize_source(source, item_tokenizer, asked.out, plan, parse_share(asked.max_bad), asked.workers, rank, world)
+    if manifest: print(f"{manifest['pairs']:,} pairs, {manifest['images']:,} images, {len(manifest['bad'])} items passed over: {asked.out}")
+    else: print(f"the parts of rank {rank} are done; others are not yet")
+
 # %% ../nbs/28_cli.ipynb #8a3f37bf
 def data_command(rest):
     from fuselip_edu.data import check, data_list, get, make_vqa, report_text
@@ -233,7 +279,7 @@ def show_settings(settings, prefix=""):
 
 
 COMMANDS = {"demo": demo_command, "train": train_command, "evaluate": evaluate_command, "embed": embed_command,
-            "train-tokenizer": train_tokenizer_command, "reproduce": reproduce_command, "data": data_command}
+            "train-tokenizer": train_tokenizer_command, "tokenize": tokenize_command, "reproduce": reproduce_command, "data": data_command}
 
 
 def main(

@@ -7,8 +7,8 @@ __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'TrainConfig', 'learning
            'Muon', 'make_optimizer', 'Batch', 'twins', 'make_batch', 'contrastive_loss', 'forward', 'masked_losses',
            'loss_values', 'backward', 'save_checkpoint', 'load_checkpoint', 'RunLog', 'deferred_interrupt', 'update',
            'epoch_batches', 'steps_an_epoch', 'batches_from', 'check_world', 'train', 'scheduled', 'scalars', 'finish',
-           'Config', 'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build', 'open_run',
-           'differences']
+           'Config', 'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build', 'build_cached',
+           'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
 import contextlib, copy, dataclasses, hashlib, itertools, json, math, signal, sys, threading, time
@@ -26,6 +26,7 @@ from .fuselip import FuseLIP, FuseLIPConfig
 from .masking import mask_tokens, masked_loss
 from .text import BPE, CLIPBPE
 from .titok import PUBLISHED, TINY_TOKENIZER, TiTok
+from .token_cache import CachedPairs, saved_text
 
 # %% ../nbs/16_train.ipynb #d3e68720
 @dataclass
@@ -373,7 +374,7 @@ def batches_from(first, pairs, config, world): # yields (step, indices, inputs) 
     step, per_epoch = first, steps_an_epoch(pairs, config)
     while step < config.steps:
         pairs.epoch = step // per_epoch
-        batches = epoch_batches(pairs.groups, config, pairs.epoch, world)[step % per_epoch:][:config.steps - step]
+        batches = epoch_batches(pairs.groups, config, pairs.epoch, world)[step % per_epoch:per_epoch][:config.steps - step]
         for indices, inputs in zip(batches, pairs.batches(batches)):
             yield step, indices, inputs
             step += 1
@@ -453,7 +454,7 @@ def finish(model, log, interrupted, kept): # -> the log's rows; an interrupt is 
 @dataclass
 class Config:
     "All that decides a run; the defaults are the `tiny` preset."
-    data: str = "shapes"  # csv:PATH, a set of chapter 12 such as cc3m:DIR, or a mixture of chapter 13 such as cc3m-mm:ROOT
+    data: str = "shapes"  # csv:PATH, a set of chapter 12 such as cc3m:DIR, a mixture of chapter 13 such as cc3m-mm:ROOT, or a token cache cache:DIR
     scenes: int = 5000  # of shapes
     tgit: int = 3  # transformations of each scene, of shapes
     without: str = ""  # parts of a scene that are left out, of shapes: caption, vqa, edit, region, tgit, joined by commas
@@ -524,6 +525,7 @@ def build(
 ): # (FuseLIP, pairs for `train`)
     "The model, with fresh weights unless `init` names others, and the data."
     seed_everything(config.train.seed)
+    if config.data.startswith("cache:"): return build_cached(config)
     opened = lambda size: open_data(config.data, config.train.seed, size, scenes=config.scenes, tgit=config.tgit, without=config.without)
     source = opened(PUBLISHED[config.tokenizer].image_size) if config.tokenizer in PUBLISHED and not config.init else None  # missing data is noticed before a download
     model = FuseLIP.from_pretrained(config.init) if config.init else None
@@ -533,6 +535,15 @@ def build(
     bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
     pairs = tokenize_pairs(readable_groups(source, bad), model.item_tokenizer) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)
     steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder
+    return model, pairs
+
+
+def build_cached(config): # of a token cache: nothing is read or tokenized, and the text tokenizer is the cache's
+    folder = config.data.removeprefix("cache:")
+    text_tokenizer = saved_text(folder)
+    model = FuseLIP.from_pretrained(config.init) if config.init else FuseLIP(config.encoder, TiTok.from_pretrained(tokenizer_place(config.tokenizer)), text_tokenizer)
+    pairs = CachedPairs(folder, model.item_tokenizer, config.ahead)
+    steps_an_epoch(pairs, config.train)
     return model, pairs
 
 # %% ../nbs/16_train.ipynb #2ba0df95
