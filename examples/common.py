@@ -31,12 +31,23 @@ def only_candidates(text, images, group):
     return [{"instruction": text, "target_image": image, "group": group} for image in images]
 
 
+def beside(folder, cell): # a table names nothing outside its folder, so pictures that lie elsewhere are reached through a link in it
+    picture, mark, member = str(cell).partition("#")
+    if not Path(picture).is_absolute(): return cell
+    link = folder / "linked" / Path(picture).parent.name
+    if not link.is_symlink() or link.resolve() != Path(picture).parent.resolve():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(picture).parent.resolve(), target_is_directory=True)
+    return f"{(link / Path(picture).name).relative_to(folder)}{mark}{member}"
+
+
 def write_csv(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows: writer.writerow(row | {name: beside(path.parent, row[name]) for name in ("image", "target_image") if row.get(name)})
 
 
 def write_set(out, train, tests): # lists of rows; `tests`: {task: rows}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PICTURES', 'PLACES', 'PAIRS_AN_IMAGE', 'HATEFUL', 'PROMPTS', 'PREFIXES', 'MMEB_SETS', 'NAMES', 'HUB',
-           'source_groups', 'ShapesSource', 'zip_members', 'CSVSource', 'Texts', 'read_rows', 'inside', 'TableSource',
+           'source_groups', 'ShapesSource', 'zip_members', 'inside', 'CSVSource', 'Texts', 'read_rows', 'TableSource',
            'shard_index', 'ShardSource', 'plain_chance', 'random_resized_crop', 'AugmentedSource', 'data_files',
            'load_rows', 'edit_pairs', 'HQEditSource', 'read_json', 'RegionSource', 'QuestionSource', 'mmeb_text',
            'MMEBSource', 'open_captions', 'open_questions', 'open_source', 'stream_groups', 'source_images',
@@ -116,8 +116,19 @@ def zip_members(
     except zipfile.BadZipFile as error: raise ValueError(f"{str(path)!r} is not a ZIP archive ({error})") from None
 
 
+def inside(
+    root:str|Path, # the folder of a data set
+    name:str, # a relative path that the data set holds
+    where:str # file and record, for the error
+) -> str:
+    "The path of a file of a data set; `ValueError` if it would lie outside `root`."
+    if not name or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name:
+        raise ValueError(f"{where}: the path {name!r} does not stay inside {str(root)!r}; expected a relative path without '..'; move the file there, or link its folder")
+    return str(Path(root, name))
+
+
 def _locate(folder, cell): # a cell of `image` or `target_image` -> the path that `load_image` reads
-    path, (archive, _, member) = folder / cell, cell.partition("#")
+    path, (archive, _, member) = Path(inside(folder, cell, "a cell")), cell.partition("#")
     if not path.is_file():
         archive = folder / archive
         if not archive.is_file(): raise FileNotFoundError(f"no image file at {str(archive)!r}")
@@ -240,17 +251,6 @@ def read_rows(
         if number or path.suffix == ".jsonl": yield line, {column: "" if row[column] is None else row[column] for column in columns}
 
 # %% ../nbs/12_sources.ipynb #2f5efe61
-def inside(
-    root:str|Path, # the folder of a data set
-    name:str, # a relative path that the data set holds
-    where:str # file and record, for the error
-) -> str:
-    "The path of a file of a data set; `ValueError` if it would lie outside `root`."
-    if not name or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name:
-        raise ValueError(f"{where}: the path {name!r} does not stay inside {str(root)!r}; expected a relative path without '..'")
-    return str(Path(root, name))
-
-
 def _picture(root, name, where): # the same, and the file must be there
     path = inside(root, name, where)
     if not Path(path).is_file(): raise FileNotFoundError(f"{where}: no image file at {path!r}; unpack the images there, or correct the record")

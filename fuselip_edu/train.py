@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'TrainConfig', 'learning_rate', 'parameter_groups', 'orthogonalised',
            'Muon', 'make_optimizer', 'Batch', 'twins', 'make_batch', 'contrastive_loss', 'forward', 'masked_losses',
-           'loss_values', 'backward', 'save_checkpoint', 'load_checkpoint', 'RunLog', 'deferred_interrupt', 'update',
-           'epoch_batches', 'steps_an_epoch', 'batches_from', 'check_world', 'train', 'scheduled', 'scalars', 'finish',
-           'Config', 'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build', 'build_cached',
-           'open_run', 'differences']
+           'loss_values', 'backward', 'save_checkpoint', 'checked_step', 'load_checkpoint', 'RunLog',
+           'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch', 'batches_from', 'check_world', 'train',
+           'scheduled', 'scalars', 'finish', 'Config', 'paper_training', 'preset', 'text_tokenizer_for',
+           'tokenizer_place', 'build', 'build_cached', 'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
 import contextlib, copy, dataclasses, hashlib, itertools, json, math, signal, sys, threading, time
@@ -256,6 +256,13 @@ def save_checkpoint(
         old.unlink()
 
 # %% ../nbs/16_train.ipynb #4580a6e7
+def checked_step(path): # of a checkpoint; None if its bytes are not those that its note speaks of
+    try: note = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError): return None
+    whole = {"step": int(path.stem.removeprefix("step-")), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return whole["step"] if note == whole else None
+
+
 def load_checkpoint(
     folder:Path,
     model:FuseLIP,
@@ -264,11 +271,11 @@ def load_checkpoint(
     "The newest checkpoint that is whole; a damaged one is named aloud and passed over; `ValueError` if all are."
     from safetensors.torch import load_file
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
-        note = path.with_suffix(".json")
-        if not note.exists() or json.loads(note.read_text())["sha256"] != hashlib.sha256(path.read_bytes()).hexdigest():
+        step = checked_step(path)
+        if step is None:
             print(f"checkpoint {path} is damaged (its checksum does not match); trying the one before", file=sys.stderr)
             continue
-        state, step = load_file(path), json.loads(note.read_text())["step"]
+        state = load_file(path)
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, p in own.items():
             if state.get(f"model.{name}", torch.empty(0)).shape != p.shape:

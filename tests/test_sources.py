@@ -50,10 +50,17 @@ def test_files_and_zip_members(folder):
     assert len(source) == 3 and source.groups == [[0], [1], [2]]
 
 
-def test_absolute_paths_and_hashes_in_file_names(folder):
+def test_hashes_in_file_names(folder):
     Image.new("RGB", (4, 4), COLOURS["red"]).save(folder / "photo #1.png")
-    source = table(folder, f"image,text\n{folder / 'red.png'},one\nphoto #1.png,two\n")
+    source = table(folder, "image,text\nred.png,one\nphoto #1.png,two\n")
     assert [colour_of(source[i][0].left) for i in range(2)] == [COLOURS["red"]] * 2
+
+
+def test_pictures_elsewhere_are_reached_through_a_link(folder):
+    (folder / "set").mkdir()
+    (folder / "set" / "pictures").symlink_to(folder, target_is_directory=True)
+    assert colour_of(table(folder / "set", "image,text\npictures/red.png,one\n")[0][0].left) == COLOURS["red"]
+    with pytest.raises(ValueError, match="line 2: a cell: the path .* does not stay inside"): table(folder / "set", f"image,text\n{folder / 'red.png'},one\n")
 
 
 def test_every_form_of_pair(folder):
