@@ -12,7 +12,7 @@ __all__ = ['MODEL_NAMES', 'FuseLIPConfig', 'MaskPredictionHead', 'init_encoder',
 import dataclasses, json, math, tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,9 +74,13 @@ def attention_mask(ids, lengths, vocab): # -> (b, 1, 1, n), True where a key may
 class Encoded(NamedTuple):
     "What training reads off one forward pass."
     embeddings: torch.Tensor  # (b, width), unit vectors
-    logits: torch.Tensor  # (m, n_vocab), at the masked positions
+    states: torch.Tensor  # (m, width), at the masked positions
     targets: torch.Tensor  # (m,), the ids that were hidden there
     rows: torch.Tensor  # (m,), the sequence that each belongs to
+    head: Callable  # states to scores
+
+    @property
+    def logits(self): return self.head(self.states)  # (m, n_vocab)
 
 # %% ../nbs/08_fuselip.ipynb #198efb8d
 class SequenceEncoder(nn.Module):
@@ -117,7 +121,9 @@ class SequenceEncoder(nn.Module):
         if labels is None: return embeddings
         labels = labels[row, column]
         at = (labels >= 0).nonzero()[:, 0]
-        return Encoded(embeddings, self.mask_prediction_head(x.index_select(0, at), self.token_embedding.weight), labels[at], row[at])
+        return Encoded(embeddings, x.index_select(0, at), labels[at], row[at], self.masked_logits)
+
+    def masked_logits(self, states): return self.mask_prediction_head(states, self.token_embedding.weight)  # (m, width) -> (m, n_vocab)
 
 # %% ../nbs/08_fuselip.ipynb #b110d796
 def make_items(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'TrainConfig', 'learning_rate', 'parameter_groups', 'orthogonalised',
-           'Muon', 'make_optimizer', 'Batch', 'twins', 'make_batch', 'contrastive_loss', 'forward', 'masked_losses',
-           'loss_values', 'backward', 'save_checkpoint', 'checked_step', 'load_checkpoint', 'RunLog',
+           'Muon', 'make_optimizer', 'Batch', 'twins', 'make_batch', 'contrastive_loss', 'lowered', 'forward',
+           'masked_losses', 'loss_values', 'backward', 'save_checkpoint', 'checked_step', 'load_checkpoint', 'RunLog',
            'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch', 'batches_from', 'check_world', 'train',
            'scheduled', 'scalars', 'finish', 'Config', 'paper_training', 'preset', 'text_tokenizer_for',
            'tokenizer_place', 'build', 'build_cached', 'open_run', 'differences']
@@ -23,7 +23,7 @@ from .contrastive import sigmoid_loss, softmax_loss
 from .core import atomic_path, pick_device, save_tensors, seed_everything, write_json
 from .distributed import World, average_gradients, broadcast_parameters, gather_values, sharded_sigmoid_loss
 from .fuselip import FuseLIP, FuseLIPConfig
-from .masking import mask_tokens, masked_loss
+from .masking import mask_tokens, masked_loss_of_states
 from .text import BPE, CLIPBPE
 from .titok import PUBLISHED, TINY_TOKENIZER, TiTok
 from .token_cache import CachedPairs, saved_text
@@ -46,6 +46,7 @@ class TrainConfig:
     beta2: float = 0.98  # and of its mean square
     grad_norm: float = 1.0  # gradients are clipped to this norm
     loss: str = "sigmoid"  # or "softmax"
+    chunk: int = 0  # rows of the losses' tables that are in memory at a time; 0 keeps all
     grouped: bool = True  # the hard negatives of a group share a batch; False deals every pair by itself
     skip_twins: bool = True  # an item that is twice in a batch is no negative of itself; the paper: False
     mask_probability: float = 0.02  # share of tokens hidden; the paper: 0.1
@@ -61,6 +62,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "shards", "accumulation", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1: raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
         if self.loss not in ("sigmoid", "softmax"): raise ValueError(f"train.loss must be 'sigmoid' or 'softmax', not {self.loss!r}")
+        if self.chunk < 0: raise ValueError(f"train.chunk must be at least 1 row, or 0 for all, not {self.chunk}")
         if self.optimizer not in ("muon", "adamw"): raise ValueError(f"train.optimizer must be 'muon' or 'adamw', not {self.optimizer!r}")
         if self.precision not in ("auto", "fp32", "bf16"): raise ValueError(f"train.precision must be 'auto', 'fp32' or 'bf16', not {self.precision!r}")
         for name in ("shards", "accumulation"):
@@ -182,23 +184,27 @@ def make_batch(
 def contrastive_loss(model, embeddings, batch, config, world): # (2b, width) -> scalar
     left, right = embeddings.chunk(2)
     scale = model.logit_scale.exp()
-    if world.size > 1: return sharded_sigmoid_loss(left, right, scale, model.logit_bias, world)
-    return (sigmoid_loss(left, right, scale, model.logit_bias, same=batch.same) if config.loss == "sigmoid"
+    if world.size > 1: return sharded_sigmoid_loss(left, right, scale, model.logit_bias, world, config.chunk or None)
+    return (sigmoid_loss(left, right, scale, model.logit_bias, config.chunk or None, batch.same) if config.loss == "sigmoid"
             else softmax_loss(left, right, scale, batch.same))
 
 
-def forward(model, inputs, config): # -> (2b, width) unit vectors in fp32, and an `Encoded` if there are labels
+def lowered(model, config): # autocast to bf16, or nothing
     low = config.precision == "bf16" or config.precision == "auto" and model.device.type == "cuda"
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=low): encoded = model(**inputs)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=low)
+
+
+def forward(model, inputs, config): # -> (2b, width) unit vectors in fp32, and an `Encoded` if there are labels
+    with lowered(model, config): encoded = model(**inputs)
     return (encoded.embeddings.float(), encoded) if "labels" in inputs else (encoded.float(), None)
 
 
-def masked_losses(encoded, b, counts=None): # mean cross-entropy of the left side plus that of the right side
+def masked_losses(model, encoded, b, config, counts=None): # mean cross-entropy of the left side plus that of the right side
     total = torch.zeros(())
     if encoded is None: return total
     for side in (0, 1):
         here = encoded.rows // b == side
-        loss = masked_loss(encoded.logits[here], encoded.targets[here])
+        with lowered(model, config): loss = masked_loss_of_states(encoded.states[here], encoded.targets[here], encoded.head, config.chunk)
         total = total.to(loss.device) + (loss if counts is None else loss * here.sum() / max(counts[side], 1))
     return total
 
@@ -217,7 +223,7 @@ def backward(
     "Add the gradient of sigmoid + weight × (masked left + masked right); with accumulation > 1 in parts, with the same result."
     if config.accumulation == 1:
         embeddings, encoded = forward(model, batch.inputs, config)
-        contrastive, masked = contrastive_loss(model, embeddings, batch, config, world), masked_losses(encoded, len(batch))
+        contrastive, masked = contrastive_loss(model, embeddings, batch, config, world), masked_losses(model, encoded, len(batch), config)
         (contrastive + config.mask_weight * masked).backward()
         return loss_values(contrastive, masked, config)
     parts = [batch.part(i, config.accumulation) for i in range(config.accumulation)]
@@ -231,7 +237,7 @@ def backward(
     counts = [int((side >= 0).sum()) for side in batch.inputs["labels"].chunk(2)] if "labels" in batch.inputs else None
     for part, gradient in zip(parts, gradients):  # second pass: hand it on, a part at a time
         embeddings, encoded = forward(model, part.inputs, config)
-        loss = masked_losses(encoded, len(part), counts)
+        loss = masked_losses(model, encoded, len(part), config, counts)
         ((embeddings * gradient).sum() + config.mask_weight * loss).backward()
         masked += loss.detach()
     return loss_values(contrastive, masked, config)
@@ -481,7 +487,7 @@ def paper_training(
     "The paper's hyper-parameters."
     epochs, weight_decay = {"cc3m": (8, 1.0), "cc12m": (16, 0.5)}[captions]
     return TrainConfig(epochs=epochs, batch_size=2048, shards=8, lr=1e-3, warmup_steps=12_000, optimizer="adamw", weight_decay=weight_decay,
-                       skip_twins=False, mask_probability=0.1, checkpoint_every=1000)
+                       chunk=1024, skip_twins=False, mask_probability=0.1, checkpoint_every=1000)
 
 
 PAPER_SIZES = {"s": ("yucornetto/tokenizer_titok_s128_imagenet", FuseLIPConfig(384, 12, 6, 4.0, 180)),

@@ -79,6 +79,17 @@ def test_packing_changes_neither_losses_nor_gradients(pairs):
     torch.testing.assert_close(*(gradient for _, gradient in found), atol=1e-6 * largest, rtol=0)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_losses_in_chunks_are_the_losses(pairs, chunk):
+    found = []
+    for rows in (0, chunk):
+        model, config = small_model(), settings(mask_probability=0.3, chunk=rows)
+        values = backward(model, make_batch(pairs.inputs(range(16)), model, config, 0), config)
+        found.append((values, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(*(gradient for _, gradient in found), atol=1e-6 * float(found[0][1].abs().max()), rtol=0)
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (4, 20), (20, 4)])
 def test_orthogonalised_evens_out_the_strengths_and_keeps_the_directions(shape):
     torch.manual_seed(0)
