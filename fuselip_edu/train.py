@@ -8,7 +8,7 @@ __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'TrainConfig', 'learning
            'masked_losses', 'loss_values', 'backward', 'save_checkpoint', 'checked_step', 'load_checkpoint', 'RunLog',
            'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch', 'batches_from', 'check_world', 'train',
            'scheduled', 'scalars', 'finish', 'Config', 'paper_training', 'preset', 'text_tokenizer_for',
-           'tokenizer_place', 'build', 'build_cached', 'open_run', 'differences']
+           'tokenizer_place', 'build_cached', 'build', 'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
 import contextlib, copy, dataclasses, hashlib, itertools, json, math, signal, sys, threading, time
@@ -302,7 +302,7 @@ def load_checkpoint(
 class RunLog:
     "metrics.jsonl, and a line of progress with pairs a second and time left."
     def __init__(self, run, first, config, quiet=False):
-        self.config, self.first, self.quiet, self.rows, self.started, self.printed = config, first, quiet, [], time.monotonic(), 0.0
+        self.config, self.first, self.quiet, self.rows, self.started, self.printed, self.waited = config, first, quiet, [], time.monotonic(), 0.0, 0.0
         self.path = run / "metrics.jsonl" if run else None
         if self.path and first and self.path.exists():  # lines written after the checkpoint are written again
             self.rows = [row for row in map(json.loads, self.path.read_text().splitlines()) if row["step"] <= first]
@@ -310,6 +310,17 @@ class RunLog:
             with atomic_path(self.path) as path: path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def elapsed(self): return time.monotonic() - self.started
+
+    def timed(self, batches): # yields the same; notes how long each was waited for
+        while True:
+            started = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - started
+            if batch is None: return
+            yield batch
+
+    def speed(self, done): # since the run was started or resumed
+        return {"steps": done - self.first, "seconds": self.elapsed(), "pairs_per_second": (done - self.first) * self.config.batch_size / self.elapsed(), "data_wait": self.waited / self.elapsed()}
 
     def step(self, done, values, last=False): # after every step; the last one is always kept
         config = self.config
@@ -327,7 +338,7 @@ class RunLog:
         left = self.elapsed() / done * (self.config.steps - row["step"])
         if self.config.seconds: left = min(left, self.config.seconds - self.elapsed())
         line = (f"step {row['step']:>6} of {self.config.steps}   loss {row['loss']:7.4f}   "
-                f"{done * self.config.batch_size / self.elapsed():6.0f} pairs/s   {max(0, left):4.0f} s left")
+                f"{done * self.config.batch_size / self.elapsed():6.0f} pairs/s   {self.waited / self.elapsed():4.0%} waiting for data   {max(0, left):4.0f} s left")
         print(line, file=sys.stderr, end="\r" if terminal else "\n", flush=True)
 
     def close(self):
@@ -427,7 +438,7 @@ def train(
     if run and hasattr(pairs, "bad"): pairs.bad.write_to(Path(run) / (f"bad-{world.rank}.jsonl" if world.rank else "bad.jsonl"))
     log = RunLog(kept, first, config, quiet=not world.is_main)
     with deferred_interrupt() as interrupted:
-        for step, indices, inputs in batches_from(first, pairs, config, world):
+        for step, indices, inputs in log.timed(batches_from(first, pairs, config, world)):
             batch = make_batch(inputs, model, config, step, world.rank)
             lr = scheduled(step, log.elapsed(), config)
             optimizer.zero_grad()
@@ -443,6 +454,7 @@ def train(
             if watch and done % config.log_every == 0: watch(done, model)
             if kept and (stop or done % config.checkpoint_every == 0 or done == config.steps):
                 save_checkpoint(kept / "checkpoints", model, optimizer, done, config.keep)
+                write_json(kept / "speed.json", log.speed(done))
             if stop: break
     return finish(model, log, bool(interrupted), kept)
 
@@ -532,6 +544,15 @@ def tokenizer_place(
         raise FileNotFoundError(f"the tokenizer of the preset small is not in {str(SMALL_TOKENIZER)!r}; make it once with fuselip-edu train-tokenizer --preset small --run {SMALL_TOKENIZER}, or give another --tokenizer")
     return {"tiny": TINY_TOKENIZER, "small": SMALL_TOKENIZER}.get(name, name)
 
+# %% ../nbs/16_train.ipynb #3be833ac
+def build_cached(config): # of a token cache: nothing is read or tokenized, and the text tokenizer is the cache's
+    folder = config.data.removeprefix("cache:")
+    text_tokenizer = saved_text(folder)
+    model = FuseLIP.from_pretrained(config.init) if config.init else FuseLIP(config.encoder, TiTok.from_pretrained(tokenizer_place(config.tokenizer)), text_tokenizer)
+    pairs = CachedPairs(folder, model.item_tokenizer, config.ahead)
+    steps_an_epoch(pairs, config.train)
+    return model, pairs
+
 
 def build(
     config:Config
@@ -548,15 +569,6 @@ def build(
     bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
     pairs = tokenize_pairs(readable_groups(source, bad), model.item_tokenizer) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)
     steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder
-    return model, pairs
-
-
-def build_cached(config): # of a token cache: nothing is read or tokenized, and the text tokenizer is the cache's
-    folder = config.data.removeprefix("cache:")
-    text_tokenizer = saved_text(folder)
-    model = FuseLIP.from_pretrained(config.init) if config.init else FuseLIP(config.encoder, TiTok.from_pretrained(tokenizer_place(config.tokenizer)), text_tokenizer)
-    pairs = CachedPairs(folder, model.item_tokenizer, config.ahead)
-    steps_an_epoch(pairs, config.train)
     return model, pairs
 
 # %% ../nbs/16_train.ipynb #2ba0df95

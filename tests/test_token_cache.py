@@ -1,0 +1,149 @@
+"The token cache: what it holds, whose it is, views, texts at the edge, and batches that nobody can tell from those without it."
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from fuselip_edu.batches import SourcePairs, grouped_batches, tokenize_pairs
+from fuselip_edu.cli import main
+from fuselip_edu.pairs import Item, Pair
+from fuselip_edu.sources import CSVSource, ShapesSource, source_groups
+from fuselip_edu.text import BPE
+from fuselip_edu.titok import TINY_TOKENIZER, TiTok
+from fuselip_edu.token_cache import (CachedPairs, ahead_of_time, cache_cost, cache_plan, cost_table, image_tokenizer_digest, open_cache, read_note, text_tokenizer_digest,
+                                     tokenize_source)
+from fuselip_edu.vocab import ItemTokenizer, pad_sequences
+
+
+@pytest.fixture(scope="module")
+def tokenizer(): return ItemTokenizer(TiTok.from_pretrained(TINY_TOKENIZER), BPE.train(["a red circle", "make it blue and turn it"], 300), context=30)
+
+
+def made(source, tokenizer, folder, **plan):
+    tokenize_source(source, tokenizer, folder, cache_plan(source, tokenizer, "test", **plan))
+    return folder
+
+
+class Mixture: # every form of item, texts that are empty, exact, too long, and items with no pairs
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    items = [[Pair(Item(image), Item(text="a red circle"))], [], [Pair(Item(image, "turn it"), Item(image.flip(1))), Pair(Item(image, "blue"), Item(image.flip(2)))],
+             [Pair(Item(image, "make it blue and turn it " * 9), Item(text="it " * 40))], [Pair(Item(text="a"), Item(image.flip(1), "a red circle"))], []]
+    groups = [[0], [2, 3], [1, 4], [5]]
+
+    def __len__(self): return len(self.items)
+    def __getitem__(self, index): return self.items[index]
+
+
+@pytest.mark.filterwarnings("ignore:a text of")
+@pytest.mark.parametrize("block", [1, 2, 100])
+def test_every_sequence_is_the_tokenizers(tokenizer, tmp_path, block):
+    source = Mixture()
+    cached, expected = CachedPairs(made(source, tokenizer, tmp_path / "c", block=block), tokenizer), tokenize_pairs(source_groups(source), tokenizer)
+    pairs = [pair for group in cached.groups for pair in group]
+    assert len(cached) == len(expected) == len(pairs) == 5 and [len(group) for group in cached.groups] == [len(group) for group in expected.groups]
+    ours, theirs = cached.inputs(pairs), expected.inputs(range(5))
+    assert torch.equal(ours["ids"], theirs["ids"]) and torch.equal(ours["lengths"], theirs["lengths"]) and int(ours["lengths"].max()) == 30
+
+
+def test_a_picture_is_kept_once_with_what_was_done_to_it(tokenizer, tmp_path):
+    folder = made(Mixture(), tokenizer, tmp_path / "c")
+    images = Dataset.from_file(str(folder / "view-00" / "part-00000.images.arrow"))
+    assert images["operation"][:] == ["", "turn it", "blue"] and images["item"][:] == [0, 2, 2]
+    codes = tokenizer.image_tokenizer.encode(torch.stack([Mixture.image, Mixture.image.flip(1), Mixture.image.flip(2)]))
+    assert torch.equal(torch.tensor(images["codes"][:]), codes)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["pairs"], manifest["images"], manifest["bad"]) == (5, 3, {}) and manifest["plan"]["image_tokenizer"] == image_tokenizer_digest(tokenizer.image_tokenizer)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "abcdefgh": Image.fromarray(rng.integers(0, 255, (50, 60, 3), dtype=np.uint8)).resize((200, 180)).save(tmp_path / f"{name}.png")
+    (tmp_path / "pairs.csv").write_text("image,text\n" + "".join(f"{name}.png,photo {name}\n" for name in "abcdefgh"))
+    return CSVSource(tmp_path / "pairs.csv")
+
+
+def test_view_v_is_epoch_v_and_views_come_again(tokenizer, photos, tmp_path):
+    cached = CachedPairs(made(photos, tokenizer, tmp_path / "c", views=3, seed=5), tokenizer, ahead=False)
+
+    class Model:
+        image_size = 32
+        def collate(self, items): return dict(zip(("ids", "lengths"), pad_sequences(tokenizer(items))))
+
+    live, seen = SourcePairs(photos, Model(), seed=5), []
+    for epoch in range(4):
+        live.epoch, cached.epoch = epoch % 3, epoch
+        batches = [[batch] for batch in grouped_batches(cached.groups, 4, 0, epoch)]
+        for ours, theirs in zip(cached.batches(batches), live.batches(batches), strict=True): assert torch.equal(ours["ids"], theirs["ids"])
+        seen.append(cached.inputs(range(8))["ids"])
+    assert torch.equal(seen[0], seen[3]) and not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_a_damaged_part_is_made_again_and_no_other(tokenizer, tmp_path):
+    source, folder = ShapesSource(8), tmp_path / "c"
+    made(source, tokenizer, folder, block=16)
+    files = {path: path.read_bytes() for path in folder.rglob("*.arrow")}
+    victim = folder / "view-00" / "part-00002.images.arrow"
+    victim.write_bytes(files[victim][:-4] + b"abcd")
+    assert read_note(folder, 0, 2) is None and read_note(folder, 0, 1)["pairs"] > 0
+    before = {path: path.stat().st_mtime_ns for path in files}
+    made(source, tokenizer, folder, block=16)
+    assert {path: path.read_bytes() for path in folder.rglob("*.arrow")} == files
+    assert {path.name for path in files if path.stat().st_mtime_ns != before[path]} == {victim.name, victim.name.replace("images", "pairs"), "groups.arrow"}
+
+
+def test_another_tokenizer_is_refused_by_name(tokenizer, tmp_path):
+    folder = made(Mixture(), tokenizer, tmp_path / "c")
+    torch.manual_seed(0)
+    other = ItemTokenizer(TiTok(tokenizer.image_tokenizer.config), tokenizer.text_tokenizer, 30)
+    with pytest.raises(ValueError, match=f"made with the image tokenizer {image_tokenizer_digest(tokenizer.image_tokenizer)[:12]}, but the model has {image_tokenizer_digest(other.image_tokenizer)[:12]}"): open_cache(folder, other)
+    other = ItemTokenizer(tokenizer.image_tokenizer, BPE.train(["other words"], 280), 30)
+    with pytest.raises(ValueError, match=f"made with the text tokenizer {text_tokenizer_digest(tokenizer.text_tokenizer)[:12]}"): open_cache(folder, other)
+    with pytest.raises(ValueError, match="another plan: image_tokenizer is"): tokenize_source(Mixture(), ItemTokenizer(TiTok(tokenizer.image_tokenizer.config), tokenizer.text_tokenizer, 30), folder,
+                                                                                             cache_plan(Mixture(), ItemTokenizer(TiTok(tokenizer.image_tokenizer.config), tokenizer.text_tokenizer, 30), "test"))
+    with pytest.raises(FileNotFoundError, match="no token cache in"): open_cache(tmp_path / "nowhere", tokenizer)
+
+
+def test_unreadable_items_are_in_the_manifest_or_stop_the_work(tokenizer, photos, tmp_path):
+    (tmp_path / "c.png").write_bytes(b"")
+    plan = cache_plan(photos, tokenizer, "photos")
+    with pytest.raises(ValueError, match="1 of 8 items cannot be read, more than 0 %.*c.png"): tokenize_source(photos, tokenizer, tmp_path / "none", plan)
+    manifest = tokenize_source(photos, tokenizer, tmp_path / "some", plan, max_bad=0.2)
+    assert list(manifest["bad"]) == ["2"] and "c.png" in manifest["bad"]["2"] and manifest["pairs"] == 7
+    assert len(CachedPairs(tmp_path / "some", tokenizer)) == 7
+
+
+def test_an_error_of_the_thread_reaches_the_reader():
+    def broken():
+        yield 1
+        raise OSError("the disk is gone")
+    reader = ahead_of_time(broken())
+    assert next(reader) == 1
+    with pytest.raises(OSError, match="the disk is gone"): next(reader)
+    endless = ahead_of_time(iter(int, 1))
+    assert next(endless) == 0
+    endless.close()  # and its thread ends
+
+
+def test_costs_are_multiplied_out(tokenizer):
+    source = ShapesSource(20)
+    cost = cache_cost(source, tokenizer, cache_plan(source, tokenizer, "shapes", views=3), sample=10)
+    assert cost["items"] == len(source) and cost["seconds"] > 0 and 33 <= cost["image_bytes"] < 2000
+    lines = cost_table(cost, "shapes", 3, 2).splitlines()
+    assert [line.split()[0] for line in lines] == ["shapes", "CC3M", "CC12M"] and "8,717,862 images" in lines[1] and "2 processes, 3 views" in lines[2]
+
+
+def test_the_commands(tmp_path, capsys):
+    words = ["tokenize", "--scenes", "30", "--out", str(tmp_path / "c"), "--block", "64", "--device", "cpu"]
+    assert main([*words, "--rank", "1", "--world", "2"]) == 0 and "the parts of rank 1 are done" in capsys.readouterr().out
+    assert main([*words, "--rank", "0", "--world", "2"]) == 0
+    said = capsys.readouterr()
+    assert "images" in said.out and "CC12M" in said.err
+    assert main(["train", "--data", f"cache:{tmp_path / 'c'}", "--run", str(tmp_path / "run"), "--train.steps", "4", "--train.batch-size", "32", "--train.device", "cpu"]) == 0
+    assert json.loads((tmp_path / "run" / "speed.json").read_text())["data_wait"] < 1
+    for wrong, message in ((["--views", "0"], "views must be at least 1"), (["--rank", "3", "--world", "2"], "there is no rank 3 among 2"), (["--max-bad", "half"], "'half' is not a share"), (["--seed", "4"], "another plan: seed is 0 there and 4 here")):
+        assert main([*words, *wrong]) == 1 and message in capsys.readouterr().err
+    assert main(["train", "--data", f"cache:{tmp_path / 'nothing'}", "--run", str(tmp_path / "other")]) == 1 and "no token cache in" in capsys.readouterr().err and not (tmp_path / "other").exists()
