@@ -16,6 +16,7 @@ _HOMES = {
     "transforms": ("transform_pairs",),
     "sources": ("CSVSource", "ShapesSource", "open_source"),
     "batches": ("MixedSource", "SourcePairs", "TokenPairs", "grouped_batches", "open_data", "tokenize_pairs"),
+    "token_cache": ("CachedPairs",),
     "distributed": ("World", "init_distributed", "sharded_sigmoid_loss"),
     "train": ("Config", "TrainConfig", "preset"),
     "evaluate": ("rank_queries", "results_table", "shapes_tasks"),

@@ -221,6 +221,11 @@ class BadItems:
             raise ValueError(f"{len(self.reasons)} of {self.total} items cannot be read, more than {100 * self.share:g} %; the last is item {index}: {found}. Mend or remove it, or allow more with --max-bad")
         return []
 
+# %% ../nbs/13_batches.ipynb #e4d71c24
+def _trouble(path): # an `Unreadable`, or None
+    try: load_image(path)
+    except (ValueError, OSError, SyntaxError, EOFError) as error: return Unreadable(error)
+
 
 def readable_groups(
     source, # anything with `groups` and `source[i]`
@@ -238,11 +243,6 @@ def readable_groups(
     for group in source.groups:
         items = ((index, reader[index]) for index in group)
         if pairs := [pair for index, found in items for pair in bad.passed_over(index, found if isinstance(found, Unreadable) else opened(found))]: yield pairs
-
-
-def _trouble(path): # an `Unreadable`, or None
-    try: load_image(path)
-    except (ValueError, OSError, SyntaxError, EOFError) as error: return Unreadable(error)
 
 # %% ../nbs/13_batches.ipynb #4d780838
 class SourcePairs:

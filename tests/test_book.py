@@ -10,7 +10,7 @@ import pytest
 from fuselip_edu.reproduce import rivals_table
 
 CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
-            "sources", "batches", "distributed", "train", "evaluate", "baselines", "reproduce", "demo", "paper", "data", "cli"]
+            "sources", "batches", "token_cache", "distributed", "train", "evaluate", "baselines", "reproduce", "scaling", "demo", "paper", "data", "cli"]
 
 
 def notebooks(root): return sorted(path for path in (root / "nbs").glob("[0-9]*.ipynb"))
@@ -25,7 +25,8 @@ def test_imports_point_to_lower_chapters(root):
     for number, name in enumerate(CHAPTERS):
         for node in ast.walk(ast.parse((root / "fuselip_edu" / f"{name}.py").read_text())):
             found = []
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fuselip_edu"):
+            if isinstance(node, ast.ImportFrom) and node.level: found = [node.module] if node.module else [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fuselip_edu"):
                 found = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
             for other in found: assert CHAPTERS.index(other) < number, f"{name} imports {other}"
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fuselip_edu import scaling as s
@@ -27,7 +28,7 @@ def test_operations_are_those_that_pytorch_counts(model):
     ids, config = torch.randint(3, 200, (16, 30), generator=torch.Generator().manual_seed(0)), TrainConfig(batch_size=8, mask_probability=0.2, skip_twins=False)
     for length in (30, 11):
         batch = make_batch({"ids": ids[:, :length], "lengths": torch.full((16,), length)}, model, config, 0)
-        with FlopCounterMode(display=False) as counter: backward(model, batch, config)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: backward(model, batch, config)
         assert s.model_flops(model, batch.inputs["lengths"], int((batch.inputs["labels"] >= 0).sum())) == pytest.approx(counter.get_total_flops(), rel=0.03)
     model.zero_grad()
 
@@ -39,7 +40,7 @@ def test_every_rung_changes_one_thing_and_computes_the_same():
     found = s.benchmark("tiny", "cpu", steps=1, batch_size=8)
     assert [rung["name"] for rung in found["rungs"]] == [rung.name for rung in s.ladder(torch.device("cpu"))]
     for rung in found["rungs"]: assert rung["pairs_per_second"] > 0 and 0 < rung["utilisation"] < 1 and 0 <= rung["data_wait"] < 1
-    assert found["rungs"][0]["data_wait"] > found["rungs"][1]["data_wait"] and len({rung["tokens_per_second"] / rung["pairs_per_second"] for rung in found["rungs"]}) == 1
+    assert found["rungs"][0]["data_wait"] > found["rungs"][1]["data_wait"] and len({round(rung["tokens_per_second"] / rung["pairs_per_second"], 6) for rung in found["rungs"]}) == 1
     assert s.ladder_table(found).count("\n") == 1 + len(found["rungs"]) and s.projection_table(found).count("\n") == 3
 
 
