@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['World', 'read_world', 'init_distributed', 'sharded_sigmoid_loss', 'broadcast_parameters', 'average_gradients',
-           'gather_values', 'barrier']
+           'shard_parameters', 'whole', 'piece_like', 'gather_parameters', 'gather_values', 'barrier']
 
 # %% ../nbs/15_distributed.ipynb #a2c76a79
 import contextlib, os
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # while there are no processes: its functions take the group of all processes as a default and, loaded later, keep it alive into the exit
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .contrastive import _check_pairs, _sigmoid_rows, sigmoid_loss
 from .core import pick_device
@@ -146,14 +147,44 @@ def average_gradients(
     model:torch.nn.Module, # after its last `backward` of the step
     world:World
 ):
-    "Replace every gradient by its mean over ranks; a parameter without one counts as 0, so that all ranks send alike."
+    "Replace every gradient by its mean over ranks; a parameter without one counts as 0, so that all ranks send alike. Sharded ones are averaged already."
     if world.size == 1: return
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
     for dtype in dict.fromkeys(p.dtype for p in trainable):
         these = [p for p in trainable if p.dtype == dtype]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in these])
         dist.all_reduce(flat)
         for p, gradient in zip(these, flat.div_(world.size).split([p.numel() for p in these])): p.grad = gradient.view_as(p)
+
+# %% ../nbs/15_distributed.ipynb #a3a5990c
+def shard_parameters(
+    model:torch.nn.Module, # with lists of blocks called `resblocks`; equal on all ranks
+    world:World
+):
+    "Keep only this rank's piece of every trained tensor (FSDP2), from now on; a block is whole while it works."
+    if world.size == 1: return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for name, blocks in list(model.named_modules()):
+        for block in blocks if name.endswith("resblocks") else (): fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.ndim == 0 or not p.requires_grad})
+
+
+def whole(tensor): return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # every rank has to ask, since all send their pieces
+
+
+def piece_like(value, parameter): # of a tensor that is whole
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) and value.shape == parameter.shape else value
+
+
+def gather_parameters(
+    model:torch.nn.Module
+):
+    "Put the pieces together again, to save the model; it cannot be trained further without loading it anew."
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if isinstance(p, DTensor): module.register_parameter(name, torch.nn.Parameter(p.full_tensor()))
 
 # %% ../nbs/15_distributed.ipynb #403f4fb9
 def gather_values(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from .batches import BadItems, Reader, SourcePairs, Unreadable, grouped_batches, open_data, parse_share, readable_groups, tokenize_pairs
 from .contrastive import sigmoid_loss, softmax_loss
 from .core import atomic_path, pick_device, save_tensors, seed_everything, write_json
-from .distributed import World, average_gradients, broadcast_parameters, gather_values, sharded_sigmoid_loss
+from .distributed import World, average_gradients, broadcast_parameters, gather_parameters, gather_values, piece_like, shard_parameters, sharded_sigmoid_loss, whole
 from .fuselip import FuseLIP, FuseLIPConfig
 from .masking import mask_tokens, masked_loss_of_states
 from .text import BPE, CLIPBPE
@@ -37,6 +37,7 @@ class TrainConfig:
     seconds: float = 0.0  # stop after this long if it comes first; 0 means no limit. A run cut by the clock is not reproducible
     batch_size: int = 128  # pairs a step, in all processes together; all are negatives of each other
     shards: int = 1  # parts of a batch, each dealt its own groups; processes share them out. The paper: 8, one a GPU
+    sharded: bool = False  # processes keep pieces of the model instead of copies (FSDP2), for encoders that do not fit
     accumulation: int = 1  # parts that a process splits its share of a batch into, to save memory; every pair still meets every other
     lr: float = 2e-3  # peak learning rate; the paper: 1e-3
     warmup_steps: int = 200  # linear warm-up
@@ -62,6 +63,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "shards", "accumulation", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1: raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
         if self.loss not in ("sigmoid", "softmax"): raise ValueError(f"train.loss must be 'sigmoid' or 'softmax', not {self.loss!r}")
+        if self.sharded and self.optimizer != "adamw": raise ValueError("train.sharded goes with --train.optimizer adamw, since Muon needs whole matrices")
         if self.chunk < 0: raise ValueError(f"train.chunk must be at least 1 row, or 0 for all, not {self.chunk}")
         if self.optimizer not in ("muon", "adamw"): raise ValueError(f"train.optimizer must be 'muon' or 'adamw', not {self.optimizer!r}")
         if self.precision not in ("auto", "fp32", "bf16"): raise ValueError(f"train.precision must be 'auto', 'fp32' or 'bf16', not {self.precision!r}")
@@ -248,12 +250,14 @@ def save_checkpoint(
     model:FuseLIP,
     optimizer:torch.optim.Optimizer,
     step:int, # steps done
-    keep:int=2
+    keep:int=2,
+    write:bool=True # False: only take part in putting a sharded model together
 ):
     "Weights and optimiser state in one safetensors file with a checksum beside it; older ones beyond `keep` are removed."
-    state = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    state = {f"model.{name}": whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     for index, values in optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+        state |= {f"optimizer.{index}.{name}": whole(torch.as_tensor(value)) for name, value in values.items()}
+    if not write: return
     path = folder / f"step-{step:08d}.safetensors"
     save_tensors(state, path)
     write_json(path.with_suffix(".json"), {"step": step, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
@@ -286,13 +290,12 @@ def load_checkpoint(
         for name, p in own.items():
             if state.get(f"model.{name}", torch.empty(0)).shape != p.shape:
                 raise ValueError(f"checkpoint {path} is of another shape: {name} is {tuple(p.shape)} in the model; resume with the configuration of the run")
-            p.data.copy_(state[f"model.{name}"])
-        saved = optimizer.state_dict()
-        saved["state"] = {}
+            p.data.copy_(piece_like(state[f"model.{name}"], p))
+        saved, parameters = optimizer.state_dict() | {"state": {}}, [p for group in optimizer.param_groups for p in group["params"]]
         for name, value in state.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".")
-                saved["state"].setdefault(int(index), {})[key] = value
+                saved["state"].setdefault(int(index), {})[key] = piece_like(value, parameters[int(index)])
         optimizer.load_state_dict(saved)
         return step
     if any(folder.glob("step-*.safetensors")): raise ValueError(f"every checkpoint in {str(folder)!r} is damaged; remove them to start the run anew")
@@ -371,7 +374,7 @@ def update(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_norm)
     optimizer.step()
     with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
-    return float(norm)
+    return float(whole(norm))
 
 # %% ../nbs/16_train.ipynb #67cafc2a
 def epoch_batches(
@@ -431,9 +434,11 @@ def train(
     model.to(world.device if world.size > 1 else pick_device(config.device)).train()
     per_epoch = steps_an_epoch(pairs, config)
     if config.epochs: config = dataclasses.replace(config, steps=config.epochs * per_epoch)
+    broadcast_parameters(model, world)
+    if config.sharded: shard_parameters(model, world)
     optimizer = make_optimizer(model, config)
     first = load_checkpoint(Path(run) / "checkpoints", model, optimizer) if run and resume else 0
-    broadcast_parameters(model, world)
+    if gather_values({"step": first}, world)["step"] != first: raise RuntimeError(f"rank {world.rank} has step {first} as its newest checkpoint, but others have another; --run must be a folder that all processes see")
     kept = Path(run) if run and world.is_main else None
     if run and hasattr(pairs, "bad"): pairs.bad.write_to(Path(run) / (f"bad-{world.rank}.jsonl" if world.rank else "bad.jsonl"))
     log = RunLog(kept, first, config, quiet=not world.is_main)
@@ -452,10 +457,11 @@ def train(
             norm = update(model, optimizer, lr, config.grad_norm)
             log.step(done, {**losses, "lr": lr, **scalars(model), "grad_norm": norm}, stop)
             if watch and done % config.log_every == 0: watch(done, model)
-            if kept and (stop or done % config.checkpoint_every == 0 or done == config.steps):
-                save_checkpoint(kept / "checkpoints", model, optimizer, done, config.keep)
-                write_json(kept / "speed.json", log.speed(done))
+            if run and (stop or done % config.checkpoint_every == 0 or done == config.steps):
+                save_checkpoint(Path(run) / "checkpoints", model, optimizer, done, config.keep, write=world.is_main)
+                if kept: write_json(kept / "speed.json", log.speed(done))
             if stop: break
+    gather_parameters(model)
     return finish(model, log, bool(interrupted), kept)
 
 # %% ../nbs/16_train.ipynb #b02e80c1

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -120,6 +121,12 @@ def _steps(folder): # done, by what is written
 
 # ---- any number of ranks
 
+def apart(ours, one): # how far from each other two runs end, as a share of the way that they went; rounding grows where an optimiser evens out strengths
+    trained = [name for name in one if not name.startswith("image_tokenizer")]
+    length = lambda a, b: torch.cat([(a[name] - b[name]).flatten() for name in trained]).norm()
+    return length(ours, one) / length(one, small_model().state_dict())
+
+
 def test_one_to_four_ranks_train_the_same_model(place):
     "The same samples in the same order, the same losses, and in the end the same weights."
     config, found = settings(steps=8, mask_probability=0.0, grad_norm=1.0), {}
@@ -129,10 +136,23 @@ def test_one_to_four_ranks_train_the_same_model(place):
         found[world] = rows, load_file(place / f"ranks-{world}" / "model" / "model.safetensors")
     for world in (2, 3, 4):
         for ours, one in zip(found[world][0], found[1][0], strict=True): assert ours["loss"] == pytest.approx(one["loss"], rel=1e-5) and ours["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
-        start, one, ours = ({name: value for name, value in weights.items() if not name.startswith("image_tokenizer")} for weights in (dict(small_model().state_dict()), found[1][1], found[world][1]))
-        length = lambda a, b: torch.cat([(a[name] - b[name]).flatten() for name in one]).norm()
-        assert length(ours, one) < 5e-3 * length(one, start)  # rounding, which Muon's even strengths bring out, next to the way that the weights went
+        assert apart(found[world][1], found[1][1]) < 5e-3
     assert found[1][0][-1]["loss"] < found[1][0][0]["loss"]
+
+
+def test_ranks_that_keep_pieces_train_what_ranks_with_copies_do(place):
+    "And a run in pieces is resumed by one in copies."
+    config = settings(steps=14, mask_probability=0.1, optimizer="adamw")
+    finish(place / "copies", config, 2)
+    finish(place / "pieces", dataclasses.replace(config, sharded=True), 2)
+    shutil.copytree(place / "pieces", place / "again")
+    for path in (place / "again" / "checkpoints").glob("step-00000014.*"): path.unlink()
+    finish(place / "again", dataclasses.replace(config, sharded=True), 2)
+    copies, pieces, again = ([json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()] for name in ("copies", "pieces", "again"))
+    for ours, one in zip(pieces, copies, strict=True): assert ours["loss"] == pytest.approx(one["loss"], rel=1e-5) and ours["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    assert again == pieces and written(place / "again") == written(place / "pieces")
+    assert apart(*(load_file(place / name / "model" / "model.safetensors") for name in ("pieces", "copies"))) < 5e-3
+    with pytest.raises(ValueError, match="train.sharded goes with --train.optimizer adamw"): settings(sharded=True, optimizer="muon")
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(place):
