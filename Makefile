@@ -29,7 +29,7 @@ notebooks: $(ready)
 tiny: $(ready)
 	$(bin)/fuselip-edu train-tokenizer --preset tiny --run runs/tiny-tokenizer --export data/tiny
 
-# Repeats the committed results from scratch: the demo, the comparison of models, and the small real sets that FUSELIP_DATA names.
+# Repeats the committed results from scratch: the demo, the comparison of models, the ladder of speed, and the small real sets that FUSELIP_DATA names.
 results: $(ready)
 	rm -rf runs/results
 	$(bin)/fuselip-edu demo --run runs/results/demo --seed $(SEED)
@@ -38,6 +38,7 @@ results: $(ready)
 	cp runs/results/reproduce/results.json data/results/reproduce.json
 	$(bin)/fuselip-edu reproduce --preset tiny --ablations --run runs/results/ablations
 	cp runs/results/ablations/results.json data/results/ablations.json
+	$(bin)/fuselip-edu benchmark --preset fuselip-s --device cpu --steps 3 --json data/results/scaling.json
 	for set in nlvr emoji4 grocery; do $(bin)/python examples/$$set.py --out runs/results/$$set && cp runs/results/$$set/results.json data/results/$$set.json || exit 1; done
 
 clean:

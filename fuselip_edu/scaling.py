@@ -91,8 +91,7 @@ class Rung:
     packed: bool = False  # sequences end to end; otherwise padded to the longest
     fused: bool = False  # the optimiser in one kernel
     chunk: int = 0  # of the losses
-    tf32: bool = False  # products in 19 bits, on a GPU
-    precision: str = "fp32"
+    precision: str = "fp32"  # or tf32, products in 19 bits; or bf16
     compiled: bool = False
 
 
@@ -107,7 +106,7 @@ def ladder(
     step("fused AdamW", fused=True)
     step("losses in chunks of 256", chunk=256)
     if torch.device(device).type == "cuda":
-        step("TF32", tf32=True)
+        step("TF32", precision="tf32")
         step("bf16", precision="bf16")
         step("compiled", compiled=True)
     return rungs
@@ -139,7 +138,7 @@ class Climber:
         device, model = self.model.device, self.model
         plain, model.forward = model.forward, functools.partial(model.forward, packed=self.rung.packed)
         kept, model.transformer = model.transformer, self.transformer
-        torch.backends.cuda.matmul.allow_tf32 = self.rung.tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.rung.precision == "tf32"
         reset_peak(device)
         started = time.perf_counter()
         inputs = next(self.data)

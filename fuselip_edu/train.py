@@ -6,9 +6,9 @@
 __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'TrainConfig', 'learning_rate', 'parameter_groups', 'orthogonalised',
            'Muon', 'make_optimizer', 'Batch', 'twins', 'make_batch', 'contrastive_loss', 'lowered', 'forward',
            'masked_losses', 'loss_values', 'backward', 'save_checkpoint', 'checked_step', 'load_checkpoint', 'RunLog',
-           'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch', 'batches_from', 'check_world', 'train',
-           'scheduled', 'scalars', 'finish', 'Config', 'paper_training', 'preset', 'text_tokenizer_for',
-           'tokenizer_place', 'build_cached', 'build', 'open_run', 'differences']
+           'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch', 'batches_from', 'prepare_device',
+           'check_world', 'train', 'scheduled', 'scalars', 'finish', 'Config', 'paper_training', 'preset',
+           'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'build', 'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
 import contextlib, copy, dataclasses, hashlib, itertools, json, math, signal, sys, threading, time
@@ -54,7 +54,8 @@ class TrainConfig:
     mask_weight: float = 0.25  # of the masked loss in the total
     seed: int = 0  # of scenes, weights, order, crops and masks
     device: str = "auto"  # or cpu, cuda, cuda:1, mps
-    precision: str = "auto"  # of the model: fp32, or bf16 (losses stay in fp32); auto takes bf16 on cuda. The paper: fp16
+    precision: str = "auto"  # of the model: fp32, tf32 (products in 19 bits, on cuda) or bf16 (losses stay in fp32); auto takes bf16 on cuda. The paper: fp16
+    compiled: bool = False  # the blocks by torch.compile, on cuda
     log_every: int = 10  # steps a line of metrics.jsonl
     checkpoint_every: int = 500  # steps
     keep: int = 2  # checkpoints kept
@@ -66,7 +67,7 @@ class TrainConfig:
         if self.sharded and self.optimizer != "adamw": raise ValueError("train.sharded goes with --train.optimizer adamw, since Muon needs whole matrices")
         if self.chunk < 0: raise ValueError(f"train.chunk must be at least 1 row, or 0 for all, not {self.chunk}")
         if self.optimizer not in ("muon", "adamw"): raise ValueError(f"train.optimizer must be 'muon' or 'adamw', not {self.optimizer!r}")
-        if self.precision not in ("auto", "fp32", "bf16"): raise ValueError(f"train.precision must be 'auto', 'fp32' or 'bf16', not {self.precision!r}")
+        if self.precision not in ("auto", "fp32", "tf32", "bf16"): raise ValueError(f"train.precision must be 'auto', 'fp32', 'tf32' or 'bf16', not {self.precision!r}")
         for name in ("shards", "accumulation"):
             if self.batch_size % getattr(self, name): raise ValueError(f"train.batch_size {self.batch_size} cannot be split into {getattr(self, name)} equal parts; choose train.{name} that divides it")
 
@@ -406,6 +407,13 @@ def batches_from(first, pairs, config, world): # yields (step, indices, inputs) 
             yield step, indices, inputs
             step += 1
 
+# %% ../nbs/16_train.ipynb #e29d7929
+def prepare_device(model, config): # sets what `config` says of products and compilation
+    on_gpu = model.device.type == "cuda"
+    if config.compiled and not on_gpu: raise ValueError(f"train.compiled is for cuda, and the device is {model.device}; leave it out")
+    if on_gpu: torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    if config.compiled and hasattr(model, "transformer"): model.transformer.compile(dynamic=True)
+
 # %% ../nbs/16_train.ipynb #34dff035
 def check_world(
     config:TrainConfig,
@@ -432,6 +440,7 @@ def train(
     "Train; with a run folder, Ctrl-C leaves a checkpoint."
     check_world(config, world)
     model.to(world.device if world.size > 1 else pick_device(config.device)).train()
+    prepare_device(model, config)
     per_epoch = steps_an_epoch(pairs, config)
     if config.epochs: config = dataclasses.replace(config, steps=config.epochs * per_epoch)
     broadcast_parameters(model, world)

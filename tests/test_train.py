@@ -147,6 +147,10 @@ def test_a_checkpoint_of_another_shape_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="another shape"): load_checkpoint(tmp_path, other, torch.optim.AdamW(parameter_groups(other, 0.1)))
 
 
+def test_compiling_on_a_cpu_is_refused(pairs):
+    with pytest.raises(ValueError, match="train.compiled is for cuda, and the device is cpu"): train(small_model(), pairs, settings(compiled=True))
+
+
 def test_old_checkpoints_go(pairs, tmp_path):
     train(small_model(), pairs, settings(keep=2), tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -194,7 +198,7 @@ def test_nonsense_is_refused(name):
     with pytest.raises(ValueError, match=name): TrainConfig(**{name: 0})
 
 
-@pytest.mark.parametrize("changes", [{"shards": 3}, {"accumulation": 3}, {"precision": "fp8"}, {"loss": "hinge"}])
+@pytest.mark.parametrize("changes", [{"shards": 3}, {"accumulation": 3}, {"precision": "fp8"}, {"loss": "hinge"}, {"chunk": -1}])
 def test_what_does_not_fit_is_refused(changes):
     with pytest.raises(ValueError, match=f"train.{[*changes][0]}"): TrainConfig(**changes)
 
