@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fuselip_edu.reproduce import rivals_table
+from fuselip_edu.scaling import ladder_table
 
 CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
             "sources", "batches", "token_cache", "distributed", "train", "evaluate", "baselines", "reproduce", "scaling", "demo", "paper", "data", "cli"]
@@ -88,6 +89,14 @@ def test_numbers_of_real_sets_come_from_their_results(name, root):
     for path in ("README.md", "nbs/21_reproduce.ipynb"):
         text = (root / path).read_text()
         for line in table.splitlines(): assert line in text, f"{path} is not of data/results/{name}.json; run make notebooks"
+
+
+def test_numbers_of_the_ladder_come_from_its_results(root):
+    table = ladder_table(json.loads((root / "data" / "results" / "scaling.json").read_text()))
+    for path in ("README.md", "nbs/22_scaling.ipynb"):
+        text = (root / path).read_text()
+        text = text if path.endswith(".md") else "\n".join("".join(output["data"].get("text/markdown", "")) for cell in json.loads(text)["cells"] for output in cell.get("outputs", ()) if "data" in output)
+        for line in table.splitlines(): assert line in text, f"{path} is not of data/results/scaling.json; run make notebooks"
 
 
 def test_results_and_chapters_name_no_place_of_this_machine(root):
