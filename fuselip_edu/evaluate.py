@@ -40,7 +40,8 @@ def score_queries(
     queries, # list of `Query`
     batch_size:int=256
 ) -> list: # one tensor of similarities a query, in the order of its candidates
-    "Dot products of each query with its candidates."
+    "Similarities of each query to its candidates: dot products, or what the model itself calls alike."
+    if hasattr(model, "score_queries"): return model.score_queries(queries, batch_size)
     embed = embedder(model, [item for query in queries for candidate in (query.item, *query.candidates) for item in as_prompts(candidate)], batch_size)
     return [(torch.stack([embed(candidate) for candidate in query.candidates]) * embed(query.item)).sum(1)  # equal rows give equal sums
             for query in queries]

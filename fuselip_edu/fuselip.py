@@ -269,7 +269,7 @@ Licence of the weights: {licence}.
 """
 
 # %% ../nbs/08_fuselip.ipynb #305482d0
-MODEL_NAMES = {"FuseLIP": "fuselip", "LateFusion": "late_fusion"}  # what config.json calls them
+MODEL_NAMES = {"FuseLIP": "fuselip", "LateFusion": "late_fusion", "FILIP": "filip"}  # what config.json calls them
 
 
 def read_model_config(

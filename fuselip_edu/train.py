@@ -186,6 +186,7 @@ def make_batch(
 # %% ../nbs/16_train.ipynb #30017766
 def contrastive_loss(model, embeddings, batch, config, world): # (2b, width) -> scalar
     left, right = embeddings.chunk(2)
+    if hasattr(model, "pair_loss"): return model.pair_loss(left, right, batch.same, config, world)  # a model with a loss of its own
     scale = model.logit_scale.exp()
     if world.size > 1: return sharded_sigmoid_loss(left, right, scale, model.logit_bias, world, config.chunk or None)
     return (sigmoid_loss(left, right, scale, model.logit_bias, config.chunk or None, batch.same) if config.loss == "sigmoid"
