@@ -389,6 +389,7 @@ def build_baseline(
     model = LateFusion(config.towers, text_tokenizer_for(source, config.text_vocab))
     bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
     pairs = pixel_pairs(readable_groups(source, bad), model) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)
+    pairs.bad = bad
     steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder
     return model, pairs
 

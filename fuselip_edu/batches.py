@@ -202,21 +202,26 @@ class BadItems:
         total:int, # items of the data
         share:float=0.0 # of them that may be bad
     ):
-        self.total, self.share, self.log, self.reasons = total, share, None, {}
+        self.total, self.share, self.log, self.logged, self.reasons = total, share, None, set(), {}
 
     def write_to(self,
-        log:Path # a line of JSON for each is appended here; what is there already counts
+        log:Path # a line of JSON for each is appended here, once; an item that was mended since does not count any more
     ):
         self.log = log
-        if log.exists(): self.reasons |= {row["item"]: row["reason"] for row in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
+        if log.exists(): self.logged = {row["item"] for row in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
+        for index, reason in self.reasons.items(): self._write(index, reason)
+
+    def _write(self, index, reason):
+        if self.log is None or index in self.logged: return
+        self.logged.add(index)
+        with open(self.log, "a", encoding="utf-8") as file: file.write(json.dumps({"item": index, "reason": reason}) + "\n")
 
     def passed_over(self, index, found): # a list of `Pair` -> itself; an `Unreadable` -> no pairs
         if not isinstance(found, Unreadable): return found
         if index not in self.reasons:
             self.reasons[index] = str(found)
             print(f"item {index} is passed over: {found}", file=sys.stderr, flush=True)
-            if self.log is not None:
-                with open(self.log, "a", encoding="utf-8") as file: file.write(json.dumps({"item": index, "reason": str(found)}) + "\n")
+            self._write(index, str(found))
         if len(self.reasons) > self.share * self.total:
             raise ValueError(f"{len(self.reasons)} of {self.total} items cannot be read, more than {100 * self.share:g} %; the last is item {index}: {found}. Mend or remove it, or allow more with --max-bad")
         return []
@@ -224,7 +229,7 @@ class BadItems:
 # %% ../nbs/13_batches.ipynb #e4d71c24
 def _trouble(path): # an `Unreadable`, or None
     try: load_image(path)
-    except (ValueError, OSError, SyntaxError, EOFError) as error: return Unreadable(error)
+    except (ValueError, OSError, SyntaxError, EOFError) as error: return Unreadable(str(error) or type(error).__name__)
 
 
 def readable_groups(
@@ -281,5 +286,5 @@ class SourcePairs:
 
 
 def to_size(pairs, shard): # as many as the shard has indices: cut off, or begun again
-    if not pairs: raise ValueError(f"items {', '.join(map(str, shard[:8]))} of the data have no pairs, and nothing else is in their batch; look for empty texts there")
+    if not pairs: raise ValueError(f"items {', '.join(map(str, shard[:8]))} of the data have no pairs, and nothing else is in their batch; look there for empty texts, and for items that cannot be read")
     return list(itertools.islice(itertools.cycle(pairs), len(shard)))

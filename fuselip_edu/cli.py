@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HELP', 'COMMANDS', 'arguments', 'take', 'demo_command', 'train_command', 'reproduce_command', 'benchmark_command',
-           'evaluate_command', 'evaluate_paper', 'embed_command', 'train_tokenizer_command', 'tokenize_command',
-           'data_command', 'show_settings', 'main']
+           'evaluate_command', 'evaluate_paper', 'embed_command', 'single_vectors', 'train_tokenizer_command',
+           'tokenize_command', 'data_command', 'show_settings', 'main']
 
 # %% ../nbs/28_cli.ipynb #3aba3e1f
 import contextlib, io, itertools, os, sys
@@ -158,11 +158,11 @@ def evaluate_command(rest):
 
 def evaluate_paper(model, asked): # the suite of chapter 26, beside the published row of the model's name
     from fuselip_edu.paper import evaluate_suite, suite_table
-    print(suite_table(evaluate_suite(model, asked.data_root, asked.out or "runs/evaluate", asked.tasks or None, asked.model)))
+    print(suite_table(evaluate_suite(single_vectors(model), asked.data_root, asked.out or "runs/evaluate", asked.tasks or None, asked.model)))
 
 # %% ../nbs/28_cli.ipynb #2fea12ae
 def embed_command(rest):
-    from fuselip_edu.baselines import load_model
+    from fuselip_edu.filip import load_model
     from fuselip_edu.core import save_tensors
 
     @dataclass
@@ -176,13 +176,18 @@ def embed_command(rest):
 
     asked = arguments(Embed, rest, "embed")
     given = lambda values: [None if value == "-" else value for value in values] or None
-    vectors = load_model(asked.model, asked.device).encode(given(asked.images), given(asked.texts))
+    vectors = single_vectors(load_model(asked.model, asked.device)).encode(given(asked.images), given(asked.texts))
     if asked.out:
         save_tensors({"embeddings": vectors}, asked.out)
         print(f"{tuple(vectors.shape)} vectors: {asked.out}")
     else:
         print("dot products")
         for row in vectors @ vectors.T: print("  ".join(f"{value:6.3f}" for value in row.tolist()))
+
+
+def single_vectors(model): # the model; `ValueError` if it has many vectors an item
+    if hasattr(model, "score_queries"): raise ValueError(f"a {type(model).__name__} model has a vector for every token, not one an item; compare items with fuselip-edu evaluate")
+    return model
 
 # %% ../nbs/28_cli.ipynb #f728355e
 def train_tokenizer_command(rest):
@@ -250,15 +255,17 @@ def tokenize_command(rest):
     asked = arguments(Tokenize, rest, "tokenize")
     here = read_world(asked.device)
     rank, world = (here.rank, here.size) if asked.rank < 0 else (asked.rank, asked.world)
+    if asked.rank < 0 and asked.world > 1: raise ValueError(f"--world {asked.world} needs a --rank for each of them, from 0 to {asked.world - 1}")
     if not 0 <= rank < world: raise ValueError(f"there is no rank {rank} among {world} processes; ranks count from 0 to {world - 1}")
     image_tokenizer = TiTok.from_pretrained(tokenizer_place(asked.tokenizer))
     source = open_data(asked.data, asked.seed, image_tokenizer.config.image_size, scenes=asked.scenes, tgit=asked.tgit)
     text_tokenizer = text_tokenizer_for(source, asked.text_vocab)
     item_tokenizer = ItemTokenizer(image_tokenizer.to(here.device), text_tokenizer, given.encoder.context)
-    plan = cache_plan(source, item_tokenizer, asked.data, asked.seed, asked.views, asked.block)
+    named = f"shapes of {asked.scenes} scenes, {asked.tgit} transformations" if asked.data == "shapes" else asked.data
+    plan = cache_plan(source, item_tokenizer, named, asked.seed, asked.views, asked.block)
     print(cost_table(cache_cost(source, item_tokenizer, plan), asked.data, asked.views, world), file=sys.stderr, flush=True)
     manifest = tokenize_source(source, item_tokenizer, asked.out, plan, parse_share(asked.max_bad), asked.workers, rank, world)
-    if manifest: print(f"{manifest['pairs']:,} pairs, {manifest['images']:,} images, {len(manifest['bad'])} items passed over: {asked.out}")
+    if manifest: print(f"{manifest['pairs']:,} pairs, {manifest['images']:,} images, {len(manifest['bad'])} items passed over (manifest.json names them): {asked.out}")
     else: print(f"the parts of rank {rank} are done; others are not yet")
 
 # %% ../nbs/28_cli.ipynb #8a3f37bf

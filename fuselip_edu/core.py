@@ -8,7 +8,7 @@ __all__ = ['seed_everything', 'pick_device', 'open_file', 'open_archive', 'has_a
            'read_weights', 'fit_weights', 'load_weights', 'progress', 'provenance']
 
 # %% ../nbs/00_core.ipynb #0dd7d01a
-import contextlib, functools, importlib.util, io, json, os, random, sys, time, zipfile
+import contextlib, functools, importlib.util, io, json, os, random, sys, time, uuid, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +159,7 @@ def atomic_path(
 ):
     "Yield a temporary path beside `path`; rename it to `path` on success, remove it on any error."
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")  # processes of several machines may share a folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['World', 'read_world', 'init_distributed', 'sharded_sigmoid_loss', 'broadcast_parameters', 'average_gradients',
-           'shard_parameters', 'whole', 'piece_like', 'gather_parameters', 'gather_values', 'barrier']
+           'shard_parameters', 'full', 'piece_like', 'gather_parameters', 'gather_values', 'barrier']
 
 # %% ../nbs/15_distributed.ipynb #a2c76a79
 import contextlib, os
@@ -171,7 +171,7 @@ def shard_parameters(
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.ndim == 0 or not p.requires_grad})
 
 
-def whole(tensor): return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # every rank has to ask, since all send their pieces
+def full(tensor): return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # every rank has to ask, since all send their pieces
 
 
 def piece_like(value, parameter): # of a tensor that is whole

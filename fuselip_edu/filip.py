@@ -7,7 +7,7 @@ __all__ = ['FILIP_PRESETS', 'token_similarity', 'filip_loss', 'filip_sigmoid_los
            'FILIPConfig', 'Tower', 'FILIPEncoder', 'FILIP', 'FILIPRun', 'build_filip', 'word_map', 'localisation',
            'TokenIndex']
 
-# %% ../nbs/19_filip.ipynb #92685d0c
+# %% ../nbs/19_filip.ipynb #93fa6fef
 import dataclasses, json, math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from .train import TrainConfig, steps_an_epoch, text_tokenizer_for, tokenizer_pl
 from .transformer import Transformer, init_transformer, pack
 from .vocab import ItemTokenizer, pad_sequences
 
-# %% ../nbs/19_filip.ipynb #d8745bca
+# %% ../nbs/19_filip.ipynb #7be32302
 def _similar_rows(left, right, real_left, real_right): # some rows of `token_similarity`
     scores = torch.einsum("and,bmd->abnm", left, right).masked_fill(~real_right[None, :, None], -torch.inf)
     best = scores.amax(-1).masked_fill(~real_left[:, None], 0.0)  # (a, b, n)
@@ -49,7 +49,7 @@ def token_similarity(
     parts = zip(left.split(chunk), real_left.split(chunk))
     return torch.cat([checkpoint(_similar_rows, part, right, real, real_right, use_reentrant=False) for part, real in parts])
 
-# %% ../nbs/19_filip.ipynb #28c22da5
+# %% ../nbs/19_filip.ipynb #578a192e
 def filip_loss(
     left:torch.Tensor, # (b, n, d), unit vectors, zero where an item has fewer tokens
     right:torch.Tensor, # (b, m, d); item i belongs to item i of `left`
@@ -73,15 +73,15 @@ def filip_sigmoid_loss(left, right, scale, bias, same=None, chunk=0): # as `fili
         total = total + (costs if twins is None else costs.masked_fill(twins, 0.0)).sum() / (2 * len(left))
     return total
 
-# %% ../nbs/19_filip.ipynb #bab479c1
+# %% ../nbs/19_filip.ipynb #49c7b7cc
 def select_tokens(
     tokens:torch.Tensor, # (b, n, d), with zero vectors
     others:torch.Tensor, # (b, m, d), the other side
     fraction:float=0.25 # of each item's tokens, at least one
 ) -> torch.Tensor: # (b, k, d): those with the largest match among all tokens of the other side
     "The tokens that are worth sending."
-    real = (tokens != 0).any(-1)
-    with torch.no_grad(): best = (tokens.flatten(0, 1) @ others.flatten(0, 1).T).amax(-1).view(real.shape).masked_fill(~real, -torch.inf)
+    real, everybody = (tokens != 0).any(-1), others[(others != 0).any(-1)]  # (tokens of the other side, d)
+    with torch.no_grad(): best = torch.stack([(item @ everybody.T).amax(-1) for item in tokens]).masked_fill(~real, -torch.inf)
     wanted = (real.sum(-1) * fraction).ceil().long()
     chosen = best.topk(int(wanted.max()), dim=-1)
     kept = tokens.gather(1, chosen.indices[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -114,7 +114,7 @@ def sharded_filip_loss(left, right, scale, world:World, fraction:float=1.0, chun
         total = total + F.cross_entropy(scale * token_similarity(one, everybody, chunk), target) / 2
     return total
 
-# %% ../nbs/19_filip.ipynb #77a50ebb
+# %% ../nbs/19_filip.ipynb #5a594995
 @dataclass
 class FILIPConfig:
     "Sizes of the two towers; the defaults are `tiny-filip`'s."
@@ -147,7 +147,7 @@ class Tower(nn.Module):
         x = x + (self.positions[:x.shape[1]] if packing is None else F.embedding(packing.column, self.positions))
         return F.normalize(self.projection(self.ln(self.transformer(x, packing=packing))).float(), dim=-1)
 
-# %% ../nbs/19_filip.ipynb #d0f5f0d2
+# %% ../nbs/19_filip.ipynb #fd551592
 class FILIPEncoder(nn.Module):
     "Sequences of the joint vocabulary in, the features of their tokens out."
     def __init__(self, config:FILIPConfig, vocab, image:TiTokConfig):
@@ -155,6 +155,7 @@ class FILIPEncoder(nn.Module):
         self.config, self.vocab, self.image_config = config, vocab, image
         self.token_embedding = nn.Embedding(vocab.size, config.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        if config.patch_size and image.image_size % config.patch_size: raise ValueError(f"patches of {config.patch_size} pixels do not divide an image of {image.image_size}; choose a size that does")
         if config.patch_size: self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
         self.n_image = (image.image_size // config.patch_size) ** 2 if config.patch_size else image.n_latents
         self.image_tower, self.text_tower = Tower(config, self.n_image), Tower(config, config.context)
@@ -167,7 +168,7 @@ class FILIPEncoder(nn.Module):
     def forward(self,
         ids:torch.Tensor, # (b, n), int64, padded
         lengths:torch.Tensor, # (b,), true lengths
-        pixels:torch.Tensor|None=None, # (images, 3, s, s), uint8, of the items that have one, in order; only for patches
+        pixels:torch.Tensor|None=None, # (b, 3, s, s), uint8, looked at where an item has codes; only for patches
     ) -> torch.Tensor: # (b, n_image + n, features): unit vectors, zero where an item has no token
         "The tokens of every item: first those of its picture, then its words."
         column = torch.arange(ids.shape[1], device=ids.device)
@@ -175,7 +176,7 @@ class FILIPEncoder(nn.Module):
         shown = codes > 0
         image = torch.zeros(len(ids), self.n_image, self.config.features, device=ids.device)
         if shown.any():
-            x = self.token_embedding(ids[shown, :self.n_image]) if pixels is None else self.patches(pixels / 127.5 - 1).flatten(2).mT
+            x = self.token_embedding(ids[shown, :self.n_image]) if pixels is None else self.patches(pixels[shown] / 127.5 - 1).flatten(2).mT
             image = image.index_put((shown.nonzero()[:, 0],), self.image_tower(x))
         packing = pack(lengths - codes)
         words = ids[packing.row, packing.column + codes[packing.row]]
@@ -191,7 +192,7 @@ class FILIPEncoder(nn.Module):
         if world.size > 1: return sharded_filip_loss(left, right, scale, world, self.config.fraction, config.chunk)
         return filip_loss(left, right, scale, same, config.chunk)
 
-# %% ../nbs/19_filip.ipynb #6ebad2dd
+# %% ../nbs/19_filip.ipynb #59b5ce7e
 class FILIP(FILIPEncoder, ItemEncoder):
     "Images, texts, or both in, their tokens' features out."
     def __init__(self, config:FILIPConfig, image_tokenizer:TiTok, text_tokenizer):
@@ -207,9 +208,13 @@ class FILIP(FILIPEncoder, ItemEncoder):
     def image_size(self): return self.image_tokenizer.config.image_size
 
     def collate(self, items) -> dict: # list of `Item` -> the arguments of `forward`
-        inputs = dict(zip(("ids", "lengths"), pad_sequences(self.item_tokenizer(items))))
-        images = [load_image(item.image, self.image_size) for item in items if item.image is not None] if self.config.patch_size else []
-        return inputs | ({"pixels": torch.stack(images)} if images else {})
+        if not self.config.patch_size: return dict(zip(("ids", "lengths"), pad_sequences(self.item_tokenizer(items))))
+        stand_ins, encode = (0,) * self.image_config.n_latents, self.item_tokenizer.text_tokenizer.encode  # codes that only say that there is a picture
+        sequences = [self.vocab.sequence(() if item.image is None else stand_ins, encode(item.text) if item.text else ()) for item in items]
+        pixels = torch.zeros(len(items), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for row, item in zip(pixels, items):
+            if item.image is not None: row.copy_(load_image(item.image, self.image_size))
+        return dict(zip(("ids", "lengths"), pad_sequences(sequences))) | {"pixels": pixels}
 
     @torch.no_grad()
     def embed_items(self, items, batch_size:int=256): # list of `Item` -> list of (tokens, features), on the CPU
@@ -221,7 +226,7 @@ class FILIP(FILIPEncoder, ItemEncoder):
         self.train(was_training)
         return found
 
-    def score_queries(self, queries, batch_size:int=256): # list of `Query` -> a tensor of similarities for each, in the order of its candidates
+    def score_queries(self, queries, batch_size:int=256): # the mean of both views; list of `Query` -> a tensor of similarities for each, in the order of its candidates
         prompts = lambda candidate: candidate if isinstance(candidate, tuple) else (candidate,)
         items = list({id(item): item for query in queries for candidate in (query.item, *query.candidates) for item in prompts(candidate)}.values())
         row, tokens = {id(item): at for at, item in enumerate(items)}, self.embed_items(items, batch_size)
@@ -233,7 +238,7 @@ class FILIP(FILIPEncoder, ItemEncoder):
             scores.append(torch.stack([part.mean() for part in both.split([len(prompts(candidate)) for candidate in query.candidates])]))
         return scores
 
-# %% ../nbs/19_filip.ipynb #b39d17fa
+# %% ../nbs/19_filip.ipynb #3e0f33b6
 def _save_pretrained(self, folder:str|Path):
     "Write config.json, model.safetensors and the text tokenizer; each file appears whole or not at all."
     folder, text_tokenizer = Path(folder), self.item_tokenizer.text_tokenizer
@@ -257,11 +262,11 @@ def _from_pretrained(cls,
 
 FILIP.save_pretrained, FILIP.from_pretrained = _save_pretrained, classmethod(_from_pretrained)
 
-# %% ../nbs/19_filip.ipynb #c3364352
+# %% ../nbs/19_filip.ipynb #cf0507d6
 @dataclass
 class FILIPRun:
     "All that decides a FILIP run; the defaults are the preset `tiny-filip`."
-    data: str = "shapes"  # as for FuseLIP
+    data: str = "shapes"  # as for FuseLIP, but no token cache
     scenes: int = 5000  # of shapes
     tgit: int = 3  # transformations of each scene, of shapes
     without: str = ""  # parts of a scene that are left out, of shapes
@@ -288,13 +293,14 @@ def build_filip(
     model = FILIP(config.encoder, image_tokenizer, text_tokenizer_for(source, config.text_vocab))
     bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
     pairs = tokenize_pairs(readable_groups(source, bad), model.item_tokenizer) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)
+    pairs.bad = bad
     steps_an_epoch(pairs, config.train)
     return model, pairs
 
 
 MODEL_CLASSES["filip"] = FILIP
 
-# %% ../nbs/19_filip.ipynb #d398635a
+# %% ../nbs/19_filip.ipynb #c3324876
 @torch.no_grad()
 def word_map(
     model:FILIP,
@@ -304,15 +310,15 @@ def word_map(
     "How well every token of a picture is matched by every word of a text."
     text_tokenizer = model.item_tokenizer.text_tokenizer
     tokens, text = model.embed_items([Item(image), Item(text=" ".join(words))])
-    pieces, spans = text_tokenizer.encode(" ".join(words)), []
-    for count in range(1, len(words) + 1): spans.append(len(text_tokenizer.encode(" ".join(words[:count]))))
-    if spans[-1] != len(pieces): raise ValueError("the words do not make up the text")
+    pieces, starts = text_tokenizer.encode(" ".join(words)), [text_tokenizer.encode(" ".join(words[:count])) for count in range(1, len(words) + 1)]
+    if len(text) < len(pieces) or any(pieces[:len(start)] != start for start in starts): raise ValueError(f"the text {' '.join(words)!r} is too long, or its tokens are not those of its words; give fewer or other words")
+    spans = [len(start) for start in starts]
     return torch.stack([(text[start:stop] @ tokens.T).amax(0) for start, stop in zip([0, *spans], spans)])
 
-# %% ../nbs/19_filip.ipynb #e2adbd73
+# %% ../nbs/19_filip.ipynb #2e89251b
 def localisation(
     model:FILIP,
-    scenes # list of `Scene`
+    scenes # list of `Scene`, each with two objects or more
 ) -> dict: # {"score", "chance", "n"}
     "How often the image token at which an object's words lead most over those of the others lies on the object."
     found, chance = [], []
@@ -327,7 +333,7 @@ def localisation(
             chance.append(len(thing.cells) / GRID**2)
     return {"score": sum(found) / len(found), "chance": sum(chance) / len(chance), "n": len(found)}
 
-# %% ../nbs/19_filip.ipynb #36725984
+# %% ../nbs/19_filip.ipynb #f2a9f7a2
 class TokenIndex:
     "The tokens of many items in half precision, to be searched."
     def __init__(self, model:FILIP, items):

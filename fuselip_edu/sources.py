@@ -11,7 +11,7 @@ __all__ = ['COLUMNS', 'PICTURES', 'PLACES', 'PAIRS_AN_IMAGE', 'HATEFUL', 'PROMPT
            'fit_tokenizer']
 
 # %% ../nbs/12_sources.ipynb #f6ea78b2
-import bisect, contextlib, csv, functools, json, random, re, tarfile, tempfile
+import bisect, contextlib, csv, functools, json, os, random, re, tarfile, tempfile
 from array import array
 from collections import defaultdict
 from dataclasses import replace
@@ -127,8 +127,9 @@ def inside(
     return str(Path(root, name))
 
 
-def _locate(folder, cell): # a cell of `image` or `target_image` -> the path that `load_image` reads
-    path, (archive, _, member) = Path(inside(folder, cell, "a cell")), cell.partition("#")
+def _locate(folder, cell, root): # a cell of `image` or `target_image` -> the path that `load_image` reads
+    path, (archive, _, member) = Path(os.path.normpath(folder / cell.replace("\\", "/"))), cell.partition("#")
+    if not path.is_relative_to(os.path.normpath(root)) or "\0" in cell: raise ValueError(f"the path {cell!r} does not stay inside {str(root)!r}; move the file there, or link its folder")
     if not path.is_file():
         archive = folder / archive
         if not archive.is_file(): raise FileNotFoundError(f"no image file at {str(archive)!r}")
@@ -139,13 +140,14 @@ def _locate(folder, cell): # a cell of `image` or `target_image` -> the path tha
 class CSVSource:
     "Rows of `image`, `text` and optionally `instruction`, `target_image`, `group`: (image, instruction) → (target_image, text)."
     def __init__(self,
-        path:str|Path # UTF-8, with a header; images are files or `archive.zip#member`, relative to the CSV
+        path:str|Path, # UTF-8, with a header; images are files or `archive.zip#member`, relative to the CSV
+        root:str|Path|None=None # the folder that no image may lie outside of; None: that of the CSV
     ):
         self.path, self.rows, self._paths = Path(path), [], {"": None}
         for line, row in _read_rows(self.path):
             for cell in (row["image"], row["target_image"]):
                 if cell in self._paths: continue
-                try: self._paths[cell] = _locate(self.path.parent, cell)
+                try: self._paths[cell] = _locate(self.path.parent, cell, self.path.parent if root is None else root)
                 except (ValueError, OSError) as error: raise type(error)(f"{str(path)!r} line {line}: {error}; correct the cell") from None
             self.rows.append(row)
 

@@ -77,7 +77,7 @@ class CLIPBPE:
     ):
         import regex
         from open_clip.tokenizer import SimpleTokenizer
-        self.tokenizer = SimpleTokenizer()
+        self.tokenizer, self.original = SimpleTokenizer(), original
         words = self.tokenizer.pat
         if not original: self.tokenizer.pat = regex.compile(words.pattern.removeprefix("<start_of_text>|<end_of_text>|"), words.flags)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from .batches import BadItems, Reader, SourcePairs, Unreadable, grouped_batches, open_data, parse_share, readable_groups, tokenize_pairs
 from .contrastive import sigmoid_loss, softmax_loss
 from .core import atomic_path, pick_device, save_tensors, seed_everything, write_json
-from .distributed import World, average_gradients, broadcast_parameters, gather_parameters, gather_values, piece_like, shard_parameters, sharded_sigmoid_loss, whole
+from .distributed import World, average_gradients, broadcast_parameters, gather_parameters, gather_values, piece_like, full, shard_parameters, sharded_sigmoid_loss
 from .fuselip import FuseLIP, FuseLIPConfig
 from .masking import mask_tokens, masked_loss_of_states
 from .text import BPE, CLIPBPE
@@ -256,9 +256,9 @@ def save_checkpoint(
     write:bool=True # False: only take part in putting a sharded model together
 ):
     "Weights and optimiser state in one safetensors file with a checksum beside it; older ones beyond `keep` are removed."
-    state = {f"model.{name}": whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    state = {f"model.{name}": full(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     for index, values in optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{index}.{name}": whole(torch.as_tensor(value)) for name, value in values.items()}
+        state |= {f"optimizer.{index}.{name}": full(torch.as_tensor(value)) for name, value in values.items()}
     if not write: return
     path = folder / f"step-{step:08d}.safetensors"
     save_tensors(state, path)
@@ -376,7 +376,7 @@ def update(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_norm)
     optimizer.step()
     with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
-    return float(whole(norm))
+    return float(full(norm))
 
 # %% ../nbs/16_train.ipynb #67cafc2a
 def epoch_batches(
@@ -404,6 +404,7 @@ def batches_from(first, pairs, config, world): # yields (step, indices, inputs) 
     while step < config.steps:
         pairs.epoch = step // per_epoch
         batches = epoch_batches(pairs.groups, config, pairs.epoch, world)[step % per_epoch:per_epoch][:config.steps - step]
+        if not batches: raise RuntimeError(f"epoch {pairs.epoch} has fewer batches than the {per_epoch} that the number of pairs promises; the data has changed")
         for indices, inputs in zip(batches, pairs.batches(batches)):
             yield step, indices, inputs
             step += 1
@@ -413,7 +414,8 @@ def prepare_device(model, config): # sets what `config` says of products and com
     on_gpu = model.device.type == "cuda"
     if config.compiled and not on_gpu: raise ValueError(f"train.compiled is for cuda, and the device is {model.device}; leave it out")
     if on_gpu: torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
-    if config.compiled and hasattr(model, "transformer"): model.transformer.compile(dynamic=True)
+    if config.compiled and not hasattr(model, "transformer"): raise ValueError(f"train.compiled is for FuseLIP, not for {type(model).__name__}; leave it out")
+    if config.compiled: model.transformer.compile(dynamic=True)
 
 # %% ../nbs/16_train.ipynb #34dff035
 def check_world(
@@ -584,6 +586,7 @@ def build(
     if model is None: model = FuseLIP(config.encoder, image_tokenizer, text_tokenizer_for(source, config.text_vocab))
     bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
     pairs = tokenize_pairs(readable_groups(source, bad), model.item_tokenizer) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)
+    pairs.bad = bad
     steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder
     return model, pairs
 

@@ -87,6 +87,12 @@ def test_twins_are_no_negatives():
     assert f.filip_sigmoid_loss(left, right, scale, -3.0, same) < f.filip_sigmoid_loss(left, right, scale, -3.0)
 
 
+def test_padding_is_no_partner_of_what_is_sent():
+    left, right = -tokens((3,)).abs(), tokens((1, 4), seed=1).abs()  # every match is below zero, the padding's is not
+    best = (left[0] @ right[(right != 0).any(-1)].T).amax(-1)
+    assert torch.equal(f.select_tokens(left, right, 0.3)[0, 0], left[0, best.argmax()])
+
+
 def test_the_tokens_that_are_sent_are_those_with_the_best_match():
     left, right = tokens((4, 2, 7)), tokens((3, 3, 3), seed=1)
     sent = f.select_tokens(left, right, 0.5)
@@ -184,6 +190,19 @@ def test_it_trains_in_the_common_loop_with_accumulation_and_chunks(loss):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+def test_patches_train_too(tmp_path):
+    config = dataclasses.replace(f.FILIP_PRESETS["tiny-filip-patches"], scenes=20, train=TrainConfig(steps=2, batch_size=16, accumulation=2, mask_probability=0.0, device="cpu"))
+    config.encoder = f.FILIPConfig(width=32, layers=1, features=16, patch_size=8)
+    model, pairs = f.build_filip(config)
+    rows = train(model, pairs, config.train)
+    assert math.isfinite(rows[-1]["loss"])
+    with pytest.raises(ValueError, match="patches of 7 pixels do not divide an image of 32"): f.FILIP(f.FILIPConfig(patch_size=7), model.image_tokenizer, model.item_tokenizer.text_tokenizer)
+
+
+def test_words_that_are_no_words_of_the_text_are_refused(models):
+    with pytest.raises(ValueError, match="too long, or its tokens are not"): f.word_map(models["codes"], ITEMS[0].image, ["red"] * 80)
+
+
 def test_prompts_are_averaged_after_comparing(models):
     model, prompts = models["codes"], (Item(text=TEXTS[0]), Item(text="turn it"))
     query = Query(ITEMS[0], (prompts, Item(text=TEXTS[2])))
@@ -216,6 +235,8 @@ def test_the_commands(tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", "--preset", "tiny-filip", "--scenes", "40", "--train.steps", "4", "--train.device", "cpu", "--run", str(run)]) == 0
     assert main(["evaluate", "--model", str(run), "--queries", "20"]) == 0 and "tgit" in capsys.readouterr().out
+    assert main(["embed", "--model", str(run), "--texts", "a", "b"]) == 1 and "a FILIP model has a vector for every token" in capsys.readouterr().err
+    assert main(["evaluate", "--model", str(run), "--suite", "paper", "--out", str(tmp_path / "suite")]) == 1 and "compare items with" in capsys.readouterr().err
     assert main(["train", "--preset", "tiny-filip", "--encoder.patch-size", "8", "--run", str(tmp_path / "other")]) == 1 and "patches are pixels, which are not kept; give --no-ahead" in capsys.readouterr().err
     for wrong in ({"loss": "hinge"}, {"fraction": 0.0}, {"heads": 5}):
         with pytest.raises(ValueError): f.FILIPConfig(**wrong)

@@ -17,6 +17,7 @@ from fuselip_edu.titok import TOKENIZER_PRESETS, TiTok
 from fuselip_edu.train import PRESETS
 
 NAMES = ("position", "tgit", "classification")
+PAPERS = ("fuselip", "sf", "mlf")
 
 
 def small(model, seed=0, **changes):
@@ -40,7 +41,7 @@ def probes(tasks): return probe()
 
 
 @pytest.fixture(scope="module")
-def built(): return {name: r.build_trial(small(name)) for name in r.MODELS}
+def built(): return {name: r.build_trial(small(name)) for name in PAPERS}
 
 
 # ---- trials
@@ -59,15 +60,15 @@ def test_models_of_one_seed_learn_from_the_same_pairs_in_the_same_order(built):
 
 
 def test_a_seed_reaches_every_model():
-    assert [r.trial_config(name, 7).train.seed for name in r.MODELS] == [7, 7, 7]
-    assert len({r.trial_config(name, 7).train.steps for name in r.MODELS}) == 1
+    assert [r.trial_config(name, 7).train.seed for name in PAPERS] == [7, 7, 7]
+    assert len({r.trial_config(name, 7).train.steps for name in PAPERS}) == 1
 
 
 @pytest.mark.parametrize("size", [name for name, config in PRESETS.items() if f"{name}-sf" in BASELINE_PRESETS])
 def test_models_of_one_size_have_as_many_parameters(size, tmp_path):
     counts = []
     TiTok(TOKENIZER_PRESETS[size]).save_pretrained(tmp_path)
-    for name in r.MODELS:
+    for name in PAPERS:
         config = r.trial_config(name, 0, r.Comparison(size))
         config.scenes = 20
         config.train.batch_size = 32
@@ -343,7 +344,7 @@ def committed(root): return json.loads((root / "data" / "results" / "reproduce.j
 
 def test_the_committed_run_is_three_seeds_of_three_models(committed):
     assert committed["command"].startswith("fuselip-edu reproduce --preset tiny --seeds 3") and committed["minutes"] <= 60
-    assert set(committed["models"]) == set(r.MODELS) and all(len(found["curves"]) == 3 for found in committed["models"].values())
+    assert set(committed["models"]) == set(PAPERS) and all(len(found["curves"]) == 3 for found in committed["models"].values())
     counts = [found["parameters"] for found in committed["models"].values()]
     assert max(counts) / counts[0] < 1.05 and min(counts) / counts[0] > 0.95
 

@@ -60,7 +60,8 @@ def test_pictures_elsewhere_are_reached_through_a_link(folder):
     (folder / "set").mkdir()
     (folder / "set" / "pictures").symlink_to(folder, target_is_directory=True)
     assert colour_of(table(folder / "set", "image,text\npictures/red.png,one\n")[0][0].left) == COLOURS["red"]
-    with pytest.raises(ValueError, match="line 2: a cell: the path .* does not stay inside"): table(folder / "set", f"image,text\n{folder / 'red.png'},one\n")
+    with pytest.raises(ValueError, match="line 2: the path .* does not stay inside"): table(folder / "set", f"image,text\n{folder / 'red.png'},one\n")
+    assert colour_of(CSVSource(folder / "set" / "table.csv", root=folder)[0][0].left) == COLOURS["red"]
 
 
 def test_every_form_of_pair(folder):

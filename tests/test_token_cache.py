@@ -1,4 +1,5 @@
 "The token cache: what it holds, whose it is, views, texts at the edge, and batches that nobody can tell from those without it."
+import dataclasses
 import json
 
 import numpy as np
@@ -116,6 +117,27 @@ def test_unreadable_items_are_in_the_manifest_or_stop_the_work(tokenizer, photos
     assert len(CachedPairs(tmp_path / "some", tokenizer)) == 7
 
 
+def test_of_a_mixture_only_what_a_group_holds_is_made_and_dealt(tokenizer, tmp_path):
+    class Half(Mixture): groups = [[0], [4]]
+    folder = made(Half(), tokenizer, tmp_path / "c", block=2)
+    cached, expected = CachedPairs(folder, tokenizer), tokenize_pairs(source_groups(Half()), tokenizer)
+    assert len(cached) == len(expected) == 2 == sum(map(len, cached.groups)) and json.loads((folder / "manifest.json").read_text())["pairs"] == 2
+    assert torch.equal(cached.inputs(cached.groups[0] + cached.groups[1])["ids"], expected.inputs([0, 1])["ids"])
+
+
+def test_sizes_that_change_codes_change_the_digest(tokenizer):
+    one = tokenizer.image_tokenizer
+    other = TiTok(dataclasses.replace(one.config, pixel_mean=0.4))
+    other.load_state_dict(one.state_dict())
+    assert image_tokenizer_digest(other) != image_tokenizer_digest(one)
+
+
+def test_damaged_groups_are_refused(tokenizer, tmp_path):
+    folder = made(Mixture(), tokenizer, tmp_path / "c")
+    (folder / "groups.arrow").write_bytes((folder / "groups.arrow").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="groups.arrow' is missing or damaged"): open_cache(folder, tokenizer)
+
+
 def test_an_error_of_the_thread_reaches_the_reader():
     def broken():
         yield 1
@@ -144,6 +166,6 @@ def test_the_commands(tmp_path, capsys):
     assert "images" in said.out and "CC12M" in said.err
     assert main(["train", "--data", f"cache:{tmp_path / 'c'}", "--run", str(tmp_path / "run"), "--train.steps", "4", "--train.batch-size", "32", "--train.device", "cpu"]) == 0
     assert json.loads((tmp_path / "run" / "speed.json").read_text())["data_wait"] < 1
-    for wrong, message in ((["--views", "0"], "views must be at least 1"), (["--rank", "3", "--world", "2"], "there is no rank 3 among 2"), (["--max-bad", "half"], "'half' is not a share"), (["--seed", "4"], "another plan: seed is 0 there and 4 here")):
+    for wrong, message in ((["--views", "0"], "views must be at least 1"), (["--rank", "3", "--world", "2"], "there is no rank 3 among 2"), (["--max-bad", "half"], "'half' is not a share"), (["--seed", "4"], "another plan: seed is 0 there and 4 here"), (["--world", "4"], "--world 4 needs a --rank")):
         assert main([*words, *wrong]) == 1 and message in capsys.readouterr().err
     assert main(["train", "--data", f"cache:{tmp_path / 'nothing'}", "--run", str(tmp_path / "other")]) == 1 and "no token cache in" in capsys.readouterr().err and not (tmp_path / "other").exists()
