@@ -7,7 +7,7 @@ __all__ = ['FILIP_PRESETS', 'token_similarity', 'filip_loss', 'filip_sigmoid_los
            'FILIPConfig', 'Tower', 'FILIPEncoder', 'FILIP', 'FILIPRun', 'build_filip', 'word_map', 'localisation',
            'TokenIndex']
 
-# %% ../nbs/19_filip.ipynb #93fa6fef
+# %% ../nbs/19_filip.ipynb #8991907e
 import dataclasses, json, math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from .train import TrainConfig, steps_an_epoch, text_tokenizer_for, tokenizer_pl
 from .transformer import Transformer, init_transformer, pack
 from .vocab import ItemTokenizer, pad_sequences
 
-# %% ../nbs/19_filip.ipynb #7be32302
+# %% ../nbs/19_filip.ipynb #df9e3e3d
 def _similar_rows(left, right, real_left, real_right): # some rows of `token_similarity`
     scores = torch.einsum("and,bmd->abnm", left, right).masked_fill(~real_right[None, :, None], -torch.inf)
     best = scores.amax(-1).masked_fill(~real_left[:, None], 0.0)  # (a, b, n)
@@ -49,7 +49,7 @@ def token_similarity(
     parts = zip(left.split(chunk), real_left.split(chunk))
     return torch.cat([checkpoint(_similar_rows, part, right, real, real_right, use_reentrant=False) for part, real in parts])
 
-# %% ../nbs/19_filip.ipynb #578a192e
+# %% ../nbs/19_filip.ipynb #6a550893
 def filip_loss(
     left:torch.Tensor, # (b, n, d), unit vectors, zero where an item has fewer tokens
     right:torch.Tensor, # (b, m, d); item i belongs to item i of `left`
@@ -73,7 +73,7 @@ def filip_sigmoid_loss(left, right, scale, bias, same=None, chunk=0): # as `fili
         total = total + (costs if twins is None else costs.masked_fill(twins, 0.0)).sum() / (2 * len(left))
     return total
 
-# %% ../nbs/19_filip.ipynb #49c7b7cc
+# %% ../nbs/19_filip.ipynb #fe06c508
 def select_tokens(
     tokens:torch.Tensor, # (b, n, d), with zero vectors
     others:torch.Tensor, # (b, m, d), the other side
@@ -114,7 +114,7 @@ def sharded_filip_loss(left, right, scale, world:World, fraction:float=1.0, chun
         total = total + F.cross_entropy(scale * token_similarity(one, everybody, chunk), target) / 2
     return total
 
-# %% ../nbs/19_filip.ipynb #5a594995
+# %% ../nbs/19_filip.ipynb #4507db02
 @dataclass
 class FILIPConfig:
     "Sizes of the two towers; the defaults are `tiny-filip`'s."
@@ -147,7 +147,7 @@ class Tower(nn.Module):
         x = x + (self.positions[:x.shape[1]] if packing is None else F.embedding(packing.column, self.positions))
         return F.normalize(self.projection(self.ln(self.transformer(x, packing=packing))).float(), dim=-1)
 
-# %% ../nbs/19_filip.ipynb #fd551592
+# %% ../nbs/19_filip.ipynb #6333a1d7
 class FILIPEncoder(nn.Module):
     "Sequences of the joint vocabulary in, the features of their tokens out."
     def __init__(self, config:FILIPConfig, vocab, image:TiTokConfig):
@@ -192,7 +192,7 @@ class FILIPEncoder(nn.Module):
         if world.size > 1: return sharded_filip_loss(left, right, scale, world, self.config.fraction, config.chunk)
         return filip_loss(left, right, scale, same, config.chunk)
 
-# %% ../nbs/19_filip.ipynb #59b5ce7e
+# %% ../nbs/19_filip.ipynb #4c7f0c34
 class FILIP(FILIPEncoder, ItemEncoder):
     "Images, texts, or both in, their tokens' features out."
     def __init__(self, config:FILIPConfig, image_tokenizer:TiTok, text_tokenizer):
@@ -238,7 +238,7 @@ class FILIP(FILIPEncoder, ItemEncoder):
             scores.append(torch.stack([part.mean() for part in both.split([len(prompts(candidate)) for candidate in query.candidates])]))
         return scores
 
-# %% ../nbs/19_filip.ipynb #3e0f33b6
+# %% ../nbs/19_filip.ipynb #5e3463d1
 def _save_pretrained(self, folder:str|Path):
     "Write config.json, model.safetensors and the text tokenizer; each file appears whole or not at all."
     folder, text_tokenizer = Path(folder), self.item_tokenizer.text_tokenizer
@@ -262,7 +262,7 @@ def _from_pretrained(cls,
 
 FILIP.save_pretrained, FILIP.from_pretrained = _save_pretrained, classmethod(_from_pretrained)
 
-# %% ../nbs/19_filip.ipynb #cf0507d6
+# %% ../nbs/19_filip.ipynb #4614923e
 @dataclass
 class FILIPRun:
     "All that decides a FILIP run; the defaults are the preset `tiny-filip`."
@@ -300,7 +300,7 @@ def build_filip(
 
 MODEL_CLASSES["filip"] = FILIP
 
-# %% ../nbs/19_filip.ipynb #c3324876
+# %% ../nbs/19_filip.ipynb #831af47f
 @torch.no_grad()
 def word_map(
     model:FILIP,
@@ -315,7 +315,7 @@ def word_map(
     spans = [len(start) for start in starts]
     return torch.stack([(text[start:stop] @ tokens.T).amax(0) for start, stop in zip([0, *spans], spans)])
 
-# %% ../nbs/19_filip.ipynb #2e89251b
+# %% ../nbs/19_filip.ipynb #0a063823
 def localisation(
     model:FILIP,
     scenes # list of `Scene`, each with two objects or more
@@ -333,7 +333,7 @@ def localisation(
             chance.append(len(thing.cells) / GRID**2)
     return {"score": sum(found) / len(found), "chance": sum(chance) / len(chance), "n": len(found)}
 
-# %% ../nbs/19_filip.ipynb #f2a9f7a2
+# %% ../nbs/19_filip.ipynb #4c8a88f8
 class TokenIndex:
     "The tokens of many items in half precision, to be searched."
     def __init__(self, model:FILIP, items):
