@@ -21,6 +21,7 @@ _HOMES = {
     "train": ("Config", "TrainConfig", "preset"),
     "evaluate": ("rank_queries", "results_table", "shapes_tasks"),
     "baselines": ("LateFusion", "LateFusionConfig", "load_model"),
+    "filip": ("FILIP", "FILIPConfig"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

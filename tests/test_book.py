@@ -11,7 +11,7 @@ from fuselip_edu.reproduce import rivals_table
 from fuselip_edu.scaling import ladder_table
 
 CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
-            "sources", "batches", "token_cache", "distributed", "train", "evaluate", "baselines", "reproduce", "scaling", "demo", "paper", "data", "cli"]
+            "sources", "batches", "token_cache", "distributed", "train", "evaluate", "baselines", "filip", "reproduce", "scaling", "demo", "paper", "data", "cli"]
 
 
 def notebooks(root): return sorted(path for path in (root / "nbs").glob("[0-9]*.ipynb"))
