@@ -343,16 +343,22 @@ def committed(root): return json.loads((root / "data" / "results" / "reproduce.j
 
 
 def test_the_committed_run_is_three_seeds_of_three_models(committed):
-    assert committed["command"].startswith("fuselip-edu reproduce --preset tiny --seeds 3") and committed["minutes"] <= 60
+    assert committed["command"].startswith("fuselip-edu reproduce --preset tiny --seeds 3")
     assert set(committed["models"]) == set(PAPERS) and all(len(found["curves"]) == 3 for found in committed["models"].values())
     counts = [found["parameters"] for found in committed["models"].values()]
     assert max(counts) / counts[0] < 1.05 and min(counts) / counts[0] > 0.95
 
 
-@pytest.mark.parametrize("task, points", [("tgit", 0.05), ("position", 0.10), ("region_crop", 0.05)])
+@pytest.mark.parametrize("task, points", [("tgit", 0.05), ("position", 0.25), ("vqa", 0.15), ("region_crop", 0.10)])
 def test_early_fusion_is_ahead_where_both_are_needed(task, points, committed):
     claims = [claim for claim in committed["claims"] if claim["task"] == task]
     assert len(claims) == 2 and all(claim["p"] < 0.01 and claim["difference"] > points and min(claim["seeds"]) > 0 for claim in claims)
+
+
+@pytest.mark.parametrize("task", ["retrieval", "zero_shot", "grounding"])
+def test_and_keeps_up_elsewhere(task, committed):
+    rows = {model: found["tasks"][task]["mean"] for model, found in committed["models"].items()}
+    assert rows["fuselip"] > max(rows.values()) - 0.06
 
 
 def test_fusion_happens_in_the_first_layer(committed):
