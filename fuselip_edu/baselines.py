@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batches import BadItems, Sequences, SourcePairs, open_data, parse_share, readable_groups
+from .batches import Sequences, open_data
 from .core import load_image, load_weights, pick_device, progress, seed_everything, save_weights, write_json
 from .fuselip import FuseLIP, ItemEncoder, read_model_config, saved_text_tokenizer
 from .text import BPE, CLIPBPE
 from .titok import build_from, fetch_folder, saved_config, weights_file
-from .train import PRESETS, TrainConfig, paper_training, steps_an_epoch, text_tokenizer_for
+from .train import PRESETS, TrainConfig, open_pairs, paper_training, text_tokenizer_for
 from .transformer import key_mask
 from .vocab import Vocab, pad_sequences
 
@@ -387,11 +387,7 @@ def build_baseline(
     seed_everything(config.train.seed)
     source = open_data(config.data, config.train.seed, config.towers.image_size, scenes=config.scenes, tgit=config.tgit, without=config.without)
     model = LateFusion(config.towers, text_tokenizer_for(source, config.text_vocab))
-    bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
-    pairs = pixel_pairs(readable_groups(source, bad), model) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)
-    pairs.bad = bad
-    steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder
-    return model, pairs
+    return model, open_pairs(source, model, config, lambda groups: pixel_pairs(groups, model))
 
 # %% ../nbs/18_baselines.ipynb #4bb97f56
 MODEL_CLASSES = {"late_fusion": LateFusion}  # by what config.json calls them; later chapters add theirs

@@ -19,14 +19,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .baselines import MODEL_CLASSES, load_model
-from .batches import BadItems, SourcePairs, open_data, parse_share, readable_groups, tokenize_pairs
+from .batches import SourcePairs, open_data, tokenize_pairs
 from .core import load_image, load_weights, pick_device, progress, save_weights, seed_everything, write_json
 from .distributed import World
-from .fuselip import ItemEncoder, read_model_config, saved_text_tokenizer
+from .fuselip import ItemEncoder, TokenizedItems, read_model_config, saved_text_tokenizer
 from .pairs import Item
 from .shapes import GRID, render
 from .titok import TiTok, TiTokConfig, build_from, saved_config, weights_file
-from .train import TrainConfig, steps_an_epoch, text_tokenizer_for, tokenizer_place
+from .train import TrainConfig, open_pairs, text_tokenizer_for, tokenizer_place
 from .transformer import Transformer, init_transformer, pack
 from .vocab import ItemTokenizer, pad_sequences
 
@@ -193,22 +193,15 @@ class FILIPEncoder(nn.Module):
         return filip_loss(left, right, scale, same, config.chunk)
 
 # %% ../nbs/19_filip.ipynb #4c7f0c34
-class FILIP(FILIPEncoder, ItemEncoder):
+class FILIP(TokenizedItems, FILIPEncoder, ItemEncoder):
     "Images, texts, or both in, their tokens' features out."
     def __init__(self, config:FILIPConfig, image_tokenizer:TiTok, text_tokenizer):
         item_tokenizer = ItemTokenizer(image_tokenizer, text_tokenizer, config.context)
         super().__init__(config, item_tokenizer.vocab, image_tokenizer.config)
         self.item_tokenizer, self.image_tokenizer = item_tokenizer, image_tokenizer.requires_grad_(False).eval()
 
-    def train(self, mode=True):
-        super().train(mode).image_tokenizer.eval()
-        return self
-
-    @property
-    def image_size(self): return self.image_tokenizer.config.image_size
-
     def collate(self, items) -> dict: # list of `Item` -> the arguments of `forward`
-        if not self.config.patch_size: return dict(zip(("ids", "lengths"), pad_sequences(self.item_tokenizer(items))))
+        if not self.config.patch_size: return super().collate(items)
         stand_ins, encode = (0,) * self.image_config.n_latents, self.item_tokenizer.text_tokenizer.encode  # codes that only say that there is a picture
         sequences = [self.vocab.sequence(() if item.image is None else stand_ins, encode(item.text) if item.text else ()) for item in items]
         pixels = torch.zeros(len(items), 3, self.image_size, self.image_size, dtype=torch.uint8)
@@ -291,11 +284,7 @@ def build_filip(
     image_tokenizer = TiTok.from_pretrained(tokenizer_place(config.tokenizer))
     source = open_data(config.data, config.train.seed, image_tokenizer.config.image_size, scenes=config.scenes, tgit=config.tgit, without=config.without)
     model = FILIP(config.encoder, image_tokenizer, text_tokenizer_for(source, config.text_vocab))
-    bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
-    pairs = tokenize_pairs(readable_groups(source, bad), model.item_tokenizer) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)
-    pairs.bad = bad
-    steps_an_epoch(pairs, config.train)
-    return model, pairs
+    return model, open_pairs(source, model, config, lambda groups: tokenize_pairs(groups, model.item_tokenizer))
 
 
 MODEL_CLASSES["filip"] = FILIP

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL_NAMES', 'FuseLIPConfig', 'MaskPredictionHead', 'init_encoder', 'find_ends', 'attention_mask', 'Encoded',
-           'SequenceEncoder', 'make_items', 'embed_sequences', 'ItemEncoder', 'FuseLIP', 'model_card',
+           'SequenceEncoder', 'make_items', 'embed_sequences', 'ItemEncoder', 'TokenizedItems', 'FuseLIP', 'model_card',
            'read_model_config', 'saved_text_tokenizer', 'original_config', 'original_name', 'load_original_weights',
            'load_original']
 
@@ -178,13 +178,8 @@ class ItemEncoder:
     def encode_multimodal(self, images, texts, batch_size:int=256): return self.encode(images, texts, batch_size)
 
 # %% ../nbs/08_fuselip.ipynb #dd05ec51
-class FuseLIP(SequenceEncoder, ItemEncoder):
-    "Images, texts, or both together in, unit vectors out; the image tokenizer is frozen."
-    def __init__(self, config:FuseLIPConfig, image_tokenizer:TiTok, text_tokenizer:BPE|CLIPBPE):
-        item_tokenizer = ItemTokenizer(image_tokenizer, text_tokenizer, config.context, config.original)
-        super().__init__(config, item_tokenizer.vocab)
-        self.item_tokenizer, self.image_tokenizer = item_tokenizer, image_tokenizer.requires_grad_(False).eval()
-
+class TokenizedItems:
+    "What models over a frozen image tokenizer share; they have an `item_tokenizer` and an `image_tokenizer`."
     def train(self, mode=True):
         super().train(mode).image_tokenizer.eval()
         return self
@@ -194,6 +189,14 @@ class FuseLIP(SequenceEncoder, ItemEncoder):
 
     def collate(self, items) -> dict: # list of `Item` -> {"ids": (n, L) int64, "lengths": (n,)}, what `forward` takes
         return dict(zip(("ids", "lengths"), pad_sequences(self.item_tokenizer(items))))
+
+
+class FuseLIP(TokenizedItems, SequenceEncoder, ItemEncoder):
+    "Images, texts, or both together in, unit vectors out; the image tokenizer is frozen."
+    def __init__(self, config:FuseLIPConfig, image_tokenizer:TiTok, text_tokenizer:BPE|CLIPBPE):
+        item_tokenizer = ItemTokenizer(image_tokenizer, text_tokenizer, config.context, config.original)
+        super().__init__(config, item_tokenizer.vocab)
+        self.item_tokenizer, self.image_tokenizer = item_tokenizer, image_tokenizer.requires_grad_(False).eval()
 
     def embed_items(self,
         items, # list of `Item`

@@ -44,6 +44,7 @@ def masked_loss_of_states(
     chunk:int=0 # states that are scored at a time; 0 takes all
 ) -> torch.Tensor: # scalar, fp32; 0 when nothing was masked
     "`masked_loss` of the states' scores, of which no more than a chunk is in memory."
-    def cost(states, targets): return F.cross_entropy(head(states).float(), targets, reduction="sum")
-    if not chunk or chunk >= len(states): return cost(states, targets) / max(len(targets), 1)
-    return sum(checkpoint(cost, *part, use_reentrant=False) for part in zip(states.split(chunk), targets.split(chunk))) / len(targets)
+    def mean(states, targets): return masked_loss(head(states), targets)
+    if not chunk or chunk >= len(states): return mean(states, targets)
+    parts = zip(states.split(chunk), targets.split(chunk))
+    return sum(len(part[1]) * checkpoint(mean, *part, use_reentrant=False) for part in parts) / len(targets)

@@ -8,7 +8,7 @@ __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'TrainConfig', 'learning
            'masked_losses', 'loss_values', 'backward', 'save_checkpoint', 'checked_step', 'load_checkpoint', 'RunLog',
            'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch', 'batches_from', 'prepare_device',
            'check_world', 'train', 'scheduled', 'scalars', 'finish', 'Config', 'paper_training', 'preset',
-           'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'build', 'open_run', 'differences']
+           'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs', 'build', 'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
 import contextlib, copy, dataclasses, hashlib, itertools, json, math, signal, sys, threading, time
@@ -572,6 +572,14 @@ def build_cached(config): # of a token cache: nothing is read or tokenized, and 
     return model, pairs
 
 
+def open_pairs(source, model, config, keep): # `keep` makes of groups what a model is trained on, where they are read ahead
+    bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
+    pairs = keep(readable_groups(source, bad)) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)
+    pairs.bad = bad
+    steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder
+    return pairs
+
+
 def build(
     config:Config
 ): # (FuseLIP, pairs for `train`)
@@ -584,11 +592,7 @@ def build(
     image_tokenizer = model.image_tokenizer if model else TiTok.from_pretrained(tokenizer_place(config.tokenizer))
     if source is None: source = opened(image_tokenizer.config.image_size)
     if model is None: model = FuseLIP(config.encoder, image_tokenizer, text_tokenizer_for(source, config.text_vocab))
-    bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
-    pairs = tokenize_pairs(readable_groups(source, bad), model.item_tokenizer) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)
-    pairs.bad = bad
-    steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder
-    return model, pairs
+    return model, open_pairs(source, model, config, lambda groups: tokenize_pairs(groups, model.item_tokenizer))
 
 # %% ../nbs/16_train.ipynb #2ba0df95
 def open_run(
