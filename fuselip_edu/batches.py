@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PLACES', 'grouped_batches', 'MixedSource', 'kept_groups', 'open_data', 'Sequences', 'TokenPairs',
-           'tokenize_pairs', 'Unreadable', 'Reader', 'parse_share', 'BadItems', 'readable_groups', 'SourcePairs',
-           'to_size']
+           'tokenize_pairs', 'Unreadable', 'Reader', 'parse_share', 'BadItems', 'readable_groups', 'bundled',
+           'unbundled', 'read_batches', 'SourcePairs', 'to_size']
 
 # %% ../nbs/13_batches.ipynb #b85fe90c
 import bisect, itertools, json, random, sys
@@ -249,6 +249,39 @@ def readable_groups(
         items = ((index, reader[index]) for index in group)
         if pairs := [pair for index, found in items for pair in bad.passed_over(index, found if isinstance(found, Unreadable) else opened(found))]: yield pairs
 
+# %% ../nbs/13_batches.ipynb #4e111e41
+def _swapped(found, change): # a list of `Pair` with other images; what is no list stays
+    item = lambda item: item if item.image is None else Item(change(item.image), item.text)
+    return [Pair(item(pair.left), item(pair.right)) for pair in found] if isinstance(found, list) else found
+
+
+def bundled(items): # what a batch reads -> the same with a place for every tensor, and one tensor a size
+    stacks, places = {}, {}
+    def place(image):
+        if not isinstance(image, torch.Tensor): return image
+        stack = stacks.setdefault((image.shape, image.dtype), [])
+        if id(image) not in places:
+            places[id(image)] = (image.shape, image.dtype, len(stack))
+            stack.append(image)
+        return places[id(image)]
+    return [_swapped(found, place) for found in items], {kind: torch.stack(stack) for kind, stack in stacks.items()}
+
+
+def unbundled(items, stacks): # what `bundled` has made -> `items`
+    back = lambda image: stacks[image[:2]][image[2]] if isinstance(image, tuple) else image
+    return [_swapped(found, back) for found in items]
+
+
+def read_batches(
+    pairs, # whose `pairs[index]` is a list of `Pair`
+    batches, # list of lists of indices
+    workers:int=0 # processes that read ahead; 0 reads in this one
+): # yields lists of what `Reader` gives, in order
+    "Read batch by batch. Between processes a batch's pictures travel as one tensor a size, since each that travels keeps a file open and a system allows about a thousand."
+    from torch.utils.data import DataLoader
+    loader = DataLoader(Reader(pairs), batch_sampler=batches, num_workers=workers, collate_fn=bundled if workers else list)
+    return (unbundled(*read) for read in loader) if workers else iter(loader)
+
 # %% ../nbs/13_batches.ipynb #4d780838
 class SourcePairs:
     "Pairs that are read, cropped and turned into a model's inputs when a batch asks for them."
@@ -277,9 +310,8 @@ class SourcePairs:
         batches # list of batches; a batch is a list of shards, a shard a list of indices
     ): # yields the model's inputs, one a batch: left sides, then right sides
         "Read, cut every shard to its size, and collate."
-        from torch.utils.data import DataLoader
         flat = [[index for shard in batch for index in shard] for batch in batches]
-        for batch, indices, items in zip(batches, flat, DataLoader(Reader(self), batch_sampler=flat, num_workers=self.workers, collate_fn=list)):
+        for batch, indices, items in zip(batches, flat, read_batches(self, flat, self.workers)):
             items = iter([self.bad.passed_over(index, item) for index, item in zip(indices, items)])
             pairs = [pair for shard in batch for pair in to_size([pair for item in itertools.islice(items, len(shard)) for pair in item], shard)]
             yield self.model.collate([pair.left for pair in pairs] + [pair.right for pair in pairs])

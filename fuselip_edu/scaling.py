@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'PLAIN', 'EPOCHS', 'matmul_rate', 'model_flops', 'MixedShape
            'Climber', 'benchmark_model', 'benchmark', 'summarise_rung', 'ladder_table', 'projection_table']
 
 # %% ../nbs/22_scaling.ipynb #aaf766db
-import dataclasses, functools, random, statistics, tempfile, time
+import contextlib, dataclasses, functools, os, random, statistics, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,22 +98,26 @@ class Rung:
     chunk: int = 0  # of the losses
     precision: str = "fp32"  # or tf32, products in 19 bits; or bf16
     compiled: bool = False
+    parts: int = 1  # that a batch is split into, to save memory; twice as many, and so on, where it does not fit
 
 
 def ladder(
     device:torch.device
 ) -> list: # of `Rung`, each with one change to the one before
     "The rungs that a device has."
-    rungs = [Rung("plain: padded, tokenized in every step")]
+    on_gpu = torch.device(device).type == "cuda"
+    rungs = [Rung("plain: padded, tokenized in every step", parts=16 if on_gpu else 1)]
     step = lambda name, **change: rungs.append(dataclasses.replace(rungs[-1], name=name, **change))
     step("tokenized once", cached=True)
     step("packed", packed=True)
     step("fused AdamW", fused=True)
-    step("losses in chunks of 64", chunk=64)
-    if torch.device(device).type == "cuda":
+    chunk = 1024 if on_gpu else 64
+    step(f"losses in chunks of {chunk:,}", chunk=chunk)
+    if on_gpu:
         step("TF32", precision="tf32")
         step("bf16", precision="bf16")
         step("compiled", compiled=True)
+        step("in as few parts as fit", parts=1)
     return rungs
 
 # %% ../nbs/22_scaling.ipynb #687e3c15
@@ -130,34 +134,50 @@ def peak_memory(device) -> float|None: # bytes since `reset_peak`; None where th
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
 
 
+# %% ../nbs/22_scaling.ipynb #8e2aa613
 class Climber:
     "One rung: its way to get a batch and to make a step."
     def __init__(self, rung, model, sources, batches, config):
         self.rung, self.model, self.rows = rung, model, []
-        self.config = dataclasses.replace(config, chunk=rung.chunk, precision=rung.precision)
+        self.config = dataclasses.replace(config, chunk=rung.chunk, precision=rung.precision, accumulation=rung.parts)
         self.data = sources["cached" if rung.cached else "live"].batches(batches)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=1e-6, betas=(0.9, 0.98), fused=rung.fused, foreach=False if not rung.fused else None)
-        self.transformer = torch.compile(model.transformer, dynamic=True) if rung.compiled else model.transformer
+        blocks = model.transformer.resblocks
+        self.blocks = torch.nn.ModuleList(torch.compile(block, dynamic=True) for block in blocks) if rung.compiled else blocks
+
+    @contextlib.contextmanager
+    def as_the_rung_says(self): # and afterwards as before
+        model, precision = self.model, torch.backends.cuda.matmul.allow_tf32
+        plain, blocks = model.forward, model.transformer.resblocks
+        model.forward, model.transformer.resblocks = functools.partial(plain, packed=self.rung.packed), self.blocks
+        torch.backends.cuda.matmul.allow_tf32 = self.rung.precision == "tf32"
+        try: yield
+        finally: model.forward, model.transformer.resblocks, torch.backends.cuda.matmul.allow_tf32 = plain, blocks, precision
+
+    def backward(self, batch): # in more parts, if it does not fit
+        while True:
+            self.optimizer.zero_grad()
+            try: return backward(self.model, batch, self.config)
+            except torch.OutOfMemoryError:
+                if self.config.accumulation >= len(batch): raise
+                self.config = dataclasses.replace(self.config, accumulation=2 * self.config.accumulation)
+            torch.cuda.empty_cache()
 
     def step(self, number):
-        device, model = self.model.device, self.model
-        plain, model.forward = model.forward, functools.partial(model.forward, packed=self.rung.packed)
-        kept, model.transformer = model.transformer, self.transformer
-        torch.backends.cuda.matmul.allow_tf32 = self.rung.precision == "tf32"
+        device = self.model.device
         reset_peak(device)
-        started = time.perf_counter()
-        inputs = next(self.data)
-        waited = time.perf_counter() - started
-        batch = make_batch(inputs, model, self.config, number)
-        self.optimizer.zero_grad()
-        backward(model, batch, self.config)
-        update(model, self.optimizer, 1e-6, 1.0)
-        if device.type == "cuda": torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - started
-        model.forward, model.transformer = plain, kept
+        with self.as_the_rung_says():
+            started = time.perf_counter()
+            inputs = next(self.data)
+            waited = time.perf_counter() - started
+            batch = make_batch(inputs, self.model, self.config, number)
+            self.backward(batch)
+            update(self.model, self.optimizer, 1e-6, 1.0)
+            if device.type == "cuda": torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
         lengths = batch.inputs["lengths"]
         self.rows.append({"seconds": seconds, "waited": waited, "pairs": len(batch), "tokens": int(lengths.sum()), "memory": peak_memory(device),
-                          "flops": model_flops(model, lengths.cpu(), int((batch.inputs["labels"] >= 0).sum()))})
+                          "flops": model_flops(self.model, lengths.cpu(), int((batch.inputs["labels"] >= 0).sum()))})
 
 # %% ../nbs/22_scaling.ipynb #c7098a2f
 def benchmark_model(name, device): # a preset, or fuselip-s, fuselip-b -> a `FuseLIP` with random weights: speed does not depend on them
@@ -182,12 +202,13 @@ def benchmark(
     device = pick_device(device)
     batch_size, model = batch_size or (2048 if device.type == "cuda" else 32), benchmark_model(name, device)
     source, config = MixedShapes((steps + 1) * batch_size, model.image_size), TrainConfig(batch_size=batch_size, mask_probability=0.1, skip_twins=False, device=str(device))
+    workers = min(16, os.cpu_count() - 1) if device.type == "cuda" else 0  # that read pictures, so that a GPU need not wait for this process
     batches = [[list(range(start, start + batch_size))] for start in range(0, len(source), batch_size)]
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        tokenize_source(source, model.item_tokenizer, folder, cache_plan(source, model.item_tokenizer, "mixed shapes"))
+        tokenize_source(source, model.item_tokenizer, folder, cache_plan(source, model.item_tokenizer, "mixed shapes"), workers=workers)
         tokenizing = time.perf_counter() - started
-        sources = {"live": SourcePairs(source, model), "cached": CachedPairs(folder, model.item_tokenizer, ahead=False)}
+        sources = {"live": SourcePairs(source, model, workers=workers), "cached": CachedPairs(folder, model.item_tokenizer, ahead=False)}
         climbers, rates = [Climber(rung, model, sources, batches, config) for rung in ladder(device)], {}
         for number in range(steps + 1):
             for name_of, way in {"fp32": {}, "tf32": {"tf32": True}, "bf16": {"dtype": torch.bfloat16}}.items() if device.type == "cuda" else (("fp32", {}),):
@@ -202,7 +223,7 @@ def summarise_rung(climber, rates): # of its counted steps
     middle = lambda values: statistics.median(list(values))
     rows, seconds = climber.rows[1:], middle(row["seconds"] for row in climber.rows[1:])
     total = lambda key: sum(row[key] for row in rows) / len(rows)
-    return {"name": climber.rung.name, "pairs_per_second": total("pairs") / seconds, "tokens_per_second": total("tokens") / seconds, "utilisation": total("flops") / seconds / rates[climber.rung.precision],
+    return {"name": climber.rung.name, "parts": climber.config.accumulation, "pairs_per_second": total("pairs") / seconds, "tokens_per_second": total("tokens") / seconds, "utilisation": total("flops") / seconds / rates[climber.rung.precision],
             "data_wait": sum(row["waited"] for row in rows) / sum(row["seconds"] for row in rows), "memory": max((row["memory"] for row in rows if row["memory"]), default=None), "seconds": seconds}
 
 # %% ../nbs/22_scaling.ipynb #1d8e7ca0
@@ -211,10 +232,10 @@ def ladder_table(
 ) -> str: # Markdown
     "A row a rung: its speed, against the plain way and against the limit."
     plain = found["rungs"][0]["pairs_per_second"]
-    lines = ["| | pairs/s | × plain | tokens/s | of the matrix-product limit | waiting for data | peak memory |", "|---|---|---|---|---|---|---|"]
+    lines = ["| | parts | pairs/s | × plain | tokens/s | of the matrix-product limit | waiting for data | peak memory |", "|---|---|---|---|---|---|---|---|"]
     for rung in found["rungs"]:
         memory = f"{rung['memory'] / 2**30:.2f} GiB" if rung["memory"] else ""
-        lines.append(f"| {rung['name']} | {rung['pairs_per_second']:,.1f} | {rung['pairs_per_second'] / plain:.2f} | {rung['tokens_per_second']:,.0f} | {rung['utilisation']:.0%} | {rung['data_wait']:.1%} | {memory} |")
+        lines.append(f"| {rung['name']} | {rung['parts']} | {rung['pairs_per_second']:,.1f} | {rung['pairs_per_second'] / plain:.2f} | {rung['tokens_per_second']:,.0f} | {rung['utilisation']:.0%} | {rung['data_wait']:.1%} | {memory} |")
     return "\n".join(lines)
 
 

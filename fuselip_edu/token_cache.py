@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .batches import BadItems, Reader, SourcePairs, Unreadable, to_size
+from .batches import BadItems, SourcePairs, Unreadable, read_batches, to_size
 from .core import atomic_path, load_image, progress, write_json
 from .text import TEXT_TOKENIZERS
 from .vocab import ItemTokenizer
@@ -155,9 +155,8 @@ def wanted_items(source): # (items,), bool: those that a group holds; a mixture 
 
 
 def read_items(reader, indices, workers=0): # yields (index, list of `Pair` or `Unreadable`), in order
-    from torch.utils.data import DataLoader
-    loader = DataLoader(Reader(reader), batch_size=32, sampler=indices, num_workers=workers, collate_fn=list)
-    yield from zip(indices, (item for batch in loader for item in batch))
+    batches = [indices[start:start + 32] for start in range(0, len(indices), 32)]
+    yield from zip(indices, (item for read in read_batches(reader, batches, workers) for item in read))
 
 
 def _same_plan(folder, plan): # writes the plan of a new cache; `ValueError` if another one is there

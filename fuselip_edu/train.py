@@ -175,13 +175,14 @@ def make_batch(
     step:int, # decides, with the seed and the rank, what is masked
     rank:int=0
 ) -> Batch:
-    "Note twins, mask, and move to the model's device."
-    same = twins(inputs) if config.skip_twins else None
+    "Note twins, move to the model's device, and mask."
+    same = twins(inputs).to(model.device) if config.skip_twins else None
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
     if config.mask_probability:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + rank * 7_919_000_003)
         ids, labels = mask_tokens(inputs["ids"], inputs["lengths"], model.vocab, config.mask_probability, generator)
-        inputs = inputs | {"ids": ids, "labels": labels}
-    return Batch({name: value.to(model.device) for name, value in inputs.items()}, None if same is None else same.to(model.device))
+        inputs |= {"ids": ids, "labels": labels}
+    return Batch(inputs, same)
 
 # %% ../nbs/16_train.ipynb #30017766
 def contrastive_loss(model, embeddings, batch, config, world): # (2b, width) -> scalar
@@ -231,18 +232,20 @@ def backward(
         (contrastive + config.mask_weight * masked).backward()
         return loss_values(contrastive, masked, config)
     parts = [batch.part(i, config.accumulation) for i in range(config.accumulation)]
-    with torch.no_grad(): embeddings = [forward(model, part.inputs, config)[0] for part in parts]
-    sides = [torch.cat([e.chunk(2)[side] for e in embeddings]) for side in (0, 1)]
-    leaf = torch.cat(sides).requires_grad_()  # first pass: the gradient that each embedding would get
+    with torch.no_grad(): ready = [forward(model, part.inputs, config) for part in parts[:-1]]
+    ready.append(forward(model, parts[-1].inputs, config))  # whose way back is kept
+    embeddings = [embedded for embedded, _ in ready]
+    leaf = torch.cat([torch.cat([e.detach().chunk(2)[side] for e in embeddings]) for side in (0, 1)]).requires_grad_()
     contrastive = contrastive_loss(model, leaf, batch, config, world)
-    contrastive.backward()
+    contrastive.backward()  # the gradient that each embedding gets
     sizes, masked = [len(part) for part in parts], 0.0
     gradients = [torch.cat(pieces) for pieces in zip(*(side.split(sizes) for side in leaf.grad.chunk(2)))]
     counts = [int((side >= 0).sum()) for side in batch.inputs["labels"].chunk(2)] if "labels" in batch.inputs else None
-    for part, gradient in zip(parts, gradients):  # second pass: hand it on, a part at a time
-        embeddings, encoded = forward(model, part.inputs, config)
+    while parts:  # and hand it on, from the last part to the first
+        part, gradient, (embedded, encoded) = parts.pop(), gradients.pop(), ready.pop()
+        if not embedded.requires_grad: embedded, encoded = forward(model, part.inputs, config)
         loss = masked_losses(model, encoded, len(part), config, counts)
-        ((embeddings * gradient).sum() + config.mask_weight * loss).backward()
+        ((embedded * gradient).sum() + config.mask_weight * loss).backward()
         masked += loss.detach()
     return loss_values(contrastive, masked, config)
 
@@ -415,7 +418,8 @@ def prepare_device(model, config): # sets what `config` says of products and com
     if config.compiled and not on_gpu: raise ValueError(f"train.compiled is for cuda, and the device is {model.device}; leave it out")
     if on_gpu: torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     if config.compiled and not hasattr(model, "transformer"): raise ValueError(f"train.compiled is for FuseLIP, not for {type(model).__name__}; leave it out")
-    if config.compiled: model.transformer.compile(dynamic=True)
+    if config.compiled:
+        for block in model.transformer.resblocks: block.compile(dynamic=True)  # alike, so that one is compiled for all
 
 # %% ../nbs/16_train.ipynb #34dff035
 def check_world(
