@@ -373,7 +373,7 @@ class BaselineConfig:
 
 BASELINE_PRESETS = {name: BaselineConfig(towers=BASELINES[name]) for name in ("tiny-sf", "tiny-mlf")}
 for _name in ("small-sf", "small-mlf"):
-    BASELINE_PRESETS[_name] = BaselineConfig(scenes=40_000, towers=BASELINES[_name], train=dataclasses.replace(PRESETS["small"].train, mask_probability=0.0))
+    BASELINE_PRESETS[_name] = BaselineConfig(scenes=20_000, towers=BASELINES[_name], train=dataclasses.replace(PRESETS["small"].train, mask_probability=0.0))
 for _captions in ("cc3m", "cc12m"):
     for _name in ("siglip-s-sf", "siglip-s-mlf", "siglip-b-sf", "siglip-b-mlf"):
         BASELINE_PRESETS[f"{_name}-{_captions}"] = BaselineConfig(f"{_captions}-mm:data/cache", text_vocab=0, ahead=False, workers=8, towers=BASELINES[_name],

@@ -41,10 +41,11 @@ def masked_loss_of_states(
     states:torch.Tensor, # (m, width), at masked positions only
     targets:torch.Tensor, # (m,), the ids that were hidden
     head, # states to scores (·, n_vocab)
-    chunk:int=0 # states that are scored at a time; 0 takes all
+    chunk:int=0, # states that are scored at a time; 0 takes all
+    loss=masked_loss # the same, possibly compiled
 ) -> torch.Tensor: # scalar, fp32; 0 when nothing was masked
     "`masked_loss` of the states' scores, of which no more than a chunk is in memory."
-    def mean(states, targets): return masked_loss(head(states), targets)
+    def mean(states, targets): return loss(head(states), targets)
     if not chunk or chunk >= len(states): return mean(states, targets)
     parts = zip(states.split(chunk), targets.split(chunk))
     return sum(len(part[1]) * checkpoint(mean, *part, use_reentrant=False) for part in parts) / len(targets)

@@ -111,7 +111,7 @@ def ladder(
     step("tokenized once", cached=True)
     step("packed", packed=True)
     step("fused AdamW", fused=True)
-    chunk = 1024 if on_gpu else 64
+    chunk = 4096 if on_gpu else 64
     step(f"losses in chunks of {chunk:,}", chunk=chunk)
     if on_gpu:
         step("TF32", precision="tf32")
@@ -139,7 +139,7 @@ class Climber:
     "One rung: its way to get a batch and to make a step."
     def __init__(self, rung, model, sources, batches, config):
         self.rung, self.model, self.rows = rung, model, []
-        self.config = dataclasses.replace(config, chunk=rung.chunk, precision=rung.precision, accumulation=rung.parts)
+        self.config = dataclasses.replace(config, chunk=rung.chunk, precision=rung.precision, compiled=rung.compiled, accumulation=rung.parts)
         self.data = sources["cached" if rung.cached else "live"].batches(batches)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=1e-6, betas=(0.9, 0.98), fused=rung.fused, foreach=False if not rung.fused else None)
         blocks = model.transformer.resblocks

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LATER_FIELDS', 'TINY_TOKENIZER', 'TOKENIZER_PRESETS', 'MODEL_SIZES', 'PIXEL_CODES', 'PIXEL_CODE_DIM',
            'PIXEL_CHANNELS', 'PUBLISHED', 'TiTokConfig', 'sincos_positions', 'TiTokEncoder', 'TiTokDecoder',
-           'place_latents', 'TiTok', 'fetch_folder', 'weights_file', 'saved_config', 'build_from', 'read_titok_config',
-           'TokenizerTrainConfig', 'permute_colours', 'train_tokenizer', 'published_config', 'encoder_config',
-           'legacy_head', 'PixelBlock', 'PixelStage', 'PixelDecoder', 'paint']
+           'place_latents', 'whole_products', 'TiTok', 'fetch_folder', 'weights_file', 'saved_config', 'build_from',
+           'read_titok_config', 'TokenizerTrainConfig', 'permute_colours', 'train_tokenizer', 'published_config',
+           'encoder_config', 'legacy_head', 'PixelBlock', 'PixelStage', 'PixelDecoder', 'paint']
 
 # %% ../nbs/05_titok.ipynb #1a15e086
-import dataclasses, json, math, re
+import contextlib, dataclasses, json, math, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,6 +133,15 @@ def place_latents(
         keys.copy_(queries)
 
 # %% ../nbs/05_titok.ipynb #8552b9ec
+@contextlib.contextmanager
+def whole_products(): # no TF32, in which a GPU convolves unless told not to, and which turns an image's code into its neighbour now and then
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False): yield
+    finally: matmul.allow_tf32 = before
+
+
 class TiTok(nn.Module):
     "Images to a short sequence of codes, and back."
     def __init__(self, config:TiTokConfig):
@@ -154,7 +163,7 @@ class TiTok(nn.Module):
     @torch.no_grad()
     def encode(self, pixels): # (b, 3, s, s), uint8 or float in [0, 1] -> (b, n_latents), int64
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return self.quantize(self.latents(pixels))[1]
+        with whole_products(): return self.quantize(self.latents(pixels))[1]
 
     @torch.no_grad()
     def decode(self, indices): # (b, n_latents) -> (b, 3, s, s), float in [0, 1]; `RuntimeError` if the tokenizer came without decoder

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'TrainConfig', 'learning_rate', 'parameter_groups', 'orthogonalised',
            'Muon', 'make_optimizer', 'Batch', 'twins', 'make_batch', 'contrastive_loss', 'lowered', 'forward',
-           'masked_losses', 'loss_values', 'backward', 'save_checkpoint', 'checked_step', 'load_checkpoint', 'RunLog',
-           'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch', 'batches_from', 'prepare_device',
-           'check_world', 'train', 'scheduled', 'scalars', 'finish', 'Config', 'paper_training', 'preset',
-           'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs', 'build', 'open_run', 'differences']
+           'compiled_masked_loss', 'masked_losses', 'loss_values', 'backward', 'save_checkpoint', 'checked_step',
+           'load_checkpoint', 'RunLog', 'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch',
+           'batches_from', 'prepare_device', 'check_world', 'train', 'scheduled', 'scalars', 'finish', 'Config',
+           'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs', 'build',
+           'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
-import contextlib, copy, dataclasses, hashlib, itertools, json, math, signal, sys, threading, time
+import contextlib, copy, dataclasses, functools, hashlib, itertools, json, math, signal, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from .contrastive import sigmoid_loss, softmax_loss
 from .core import atomic_path, pick_device, save_tensors, seed_everything, write_json
 from .distributed import World, average_gradients, broadcast_parameters, gather_parameters, gather_values, piece_like, full, shard_parameters, sharded_sigmoid_loss
 from .fuselip import FuseLIP, FuseLIPConfig
-from .masking import mask_tokens, masked_loss_of_states
+from .masking import mask_tokens, masked_loss, masked_loss_of_states
 from .text import BPE, CLIPBPE
 from .titok import PUBLISHED, TINY_TOKENIZER, TiTok
 from .token_cache import CachedPairs, saved_text
@@ -96,15 +97,16 @@ def parameter_groups(
 # %% ../nbs/16_train.ipynb #8c8c21e9
 @torch.no_grad()
 def orthogonalised(
-    matrix:torch.Tensor # (n, m)
-) -> torch.Tensor: # (n, m)
-    "The matrix with its singular values brought near 1: five Newton-Schulz iterations, with the coefficients of Jordan et al. (2024)."
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    x = wide / wide.norm().clamp(min=1e-7)
+    matrices:torch.Tensor # (…, n, m)
+) -> torch.Tensor: # (…, n, m)
+    "Matrices with their singular values brought near 1: five Newton-Schulz iterations, with the coefficients of Jordan et al. (2024)."
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return x if wide is matrix else x.mT
+    return x.mT if tall else x
 
 # %% ../nbs/16_train.ipynb #288df2fb
 class Muon(torch.optim.AdamW):
@@ -119,14 +121,16 @@ class Muon(torch.optim.AdamW):
             if group["momentum"]: self._muon_step(group)
 
     def _muon_step(self, group):
-        rate = 10 * group["lr"]
+        rate, alike = 10 * group["lr"], {}
         for p in group["params"]:
             if p.grad is None: continue
             if not self.state[p]: self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))  # AdamW's loading looks for a step in every state
             self.state[p]["step"] += 1
             mean = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            tall = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-            p.mul_(1 - rate * group["weight_decay"]).sub_(orthogonalised(p.grad.lerp(mean, group["momentum"])), alpha=rate * tall)
+            alike.setdefault(p.shape, []).append((p, p.grad.lerp(mean, group["momentum"])))
+        for (n, m), found in alike.items():  # matrices of one size at once
+            for (p, _), direction in zip(found, orthogonalised(torch.stack([wanted for _, wanted in found]))):
+                p.mul_(1 - rate * group["weight_decay"]).sub_(direction, alpha=rate * max(1.0, n / m) ** 0.5)
 
 
 def make_optimizer(
@@ -163,7 +167,8 @@ def twins(
     inputs:dict # of tensors with 2b rows, before masking
 ) -> torch.Tensor: # (b, b), bool, False on the diagonal
     "Which pairs share their left or their right side, so that a positive of one is a positive of the other."
-    rows = [hash(b"".join(value.contiguous().numpy().tobytes() for value in row)) for row in zip(*inputs.values())]
+    arrays = [value.contiguous().numpy() for value in inputs.values()]
+    rows = [hash(b"".join(row.tobytes() for row in rows)) for rows in zip(*arrays)]
     left, right = torch.tensor(rows).chunk(2)
     return ((left[:, None] == left) | (right[:, None] == right)).fill_diagonal_(False)
 
@@ -204,12 +209,16 @@ def forward(model, inputs, config): # -> (2b, width) unit vectors in fp32, and a
     return (encoded.embeddings.float(), encoded) if "labels" in inputs else (encoded.float(), None)
 
 
+@functools.cache
+def compiled_masked_loss(): return torch.compile(masked_loss, dynamic=True)
+
+
 def masked_losses(model, encoded, b, config, counts=None): # mean cross-entropy of the left side plus that of the right side
     total = torch.zeros(())
     if encoded is None: return total
     for side in (0, 1):
         here = encoded.rows // b == side
-        with lowered(model, config): loss = masked_loss_of_states(encoded.states[here], encoded.targets[here], encoded.head, config.chunk)
+        with lowered(model, config): loss = masked_loss_of_states(encoded.states[here], encoded.targets[here], encoded.head, config.chunk, compiled_masked_loss() if config.compiled else masked_loss)
         total = total.to(loss.device) + (loss if counts is None else loss * here.sum() / max(counts[side], 1))
     return total
 
@@ -521,14 +530,14 @@ def paper_training(
     "The paper's hyper-parameters."
     epochs, weight_decay = {"cc3m": (8, 1.0), "cc12m": (16, 0.5)}[captions]
     return TrainConfig(epochs=epochs, batch_size=2048, shards=8, lr=1e-3, warmup_steps=12_000, optimizer="adamw", weight_decay=weight_decay,
-                       chunk=1024, skip_twins=False, mask_probability=0.1, checkpoint_every=1000)
+                       chunk=4096, skip_twins=False, mask_probability=0.1, checkpoint_every=1000)
 
 
 PAPER_SIZES = {"s": ("yucornetto/tokenizer_titok_s128_imagenet", FuseLIPConfig(384, 12, 6, 4.0, 180)),
                "b": ("yucornetto/tokenizer_titok_bl128_vq8k_imagenet", FuseLIPConfig(512, 12, 8, 4.0, 180))}
 
-_SMALL = TrainConfig(steps=20_000, batch_size=256, lr=1e-3, warmup_steps=500, optimizer="adamw", checkpoint_every=1000)
-PRESETS = {"tiny": Config(), "small": Config(scenes=40_000, tokenizer="small", encoder=FuseLIPConfig(256, 6, 4, 4.0, 128), train=_SMALL)}
+_SMALL = TrainConfig(steps=6000, batch_size=256, warmup_steps=300, checkpoint_every=1000)
+PRESETS = {"tiny": Config(), "small": Config(scenes=20_000, tokenizer="small", encoder=FuseLIPConfig(256, 6, 4, 4.0, 128), train=_SMALL)}
 for _captions in ("cc3m", "cc12m"):
     for _size, (_tokenizer, _encoder) in PAPER_SIZES.items():
         PRESETS[f"fuselip-{_size}-{_captions}"] = Config(f"{_captions}-mm:data/cache", tokenizer=_tokenizer, text_vocab=0, ahead=False, workers=8,

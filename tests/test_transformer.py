@@ -184,10 +184,12 @@ def test_a_packed_transformer_gives_the_padded_ones_states_and_gradients(lengths
 def test_the_kernel_for_any_lengths_gives_what_the_runs_give(monkeypatch):
     import fuselip_edu.transformer as module
     lengths = torch.tensor([2, 40, 17, 17, 180, 2], device="cuda")
-    encoder, packing = Transformer(128, 2, 2).cuda(), pack(lengths)
-    x, found = torch.randn(len(packing.row), 128, device="cuda"), []
+    encoder, found = Transformer(128, 2, 2).cuda(), []
+    x = torch.randn(int(lengths.sum()), 128, device="cuda")
     for kernel in (module.varlen_attn, None):
         monkeypatch.setattr(module, "varlen_attn", kernel)
+        packing = pack(lengths)
+        assert packing.kernel == (kernel is not None)
         encoder.zero_grad()
         with torch.autocast("cuda", torch.bfloat16): result = encoder(x, packing=packing)
         result.square().mean().backward()
