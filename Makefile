@@ -16,7 +16,7 @@ demo: $(ready)
 test: $(ready)
 	$(bin)/python .ci/notebooks.py check
 	$(bin)/python .ci/notebooks.py test
-	$(bin)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -q -n 2 --dist loadfile tests
 
 # Executes every chapter in place, keeps the outputs, cleans them, and writes README.md from index.ipynb.
 notebooks: $(ready)
@@ -39,7 +39,7 @@ results: $(ready)
 	$(bin)/fuselip-edu reproduce --preset tiny --ablations --run runs/results/ablations
 	cp runs/results/ablations/results.json data/results/ablations.json
 	$(bin)/fuselip-edu benchmark --preset fuselip-s --device cpu --steps 3 --json data/results/scaling.json
-	for set in nlvr emoji4 grocery; do $(bin)/python examples/$$set.py --out runs/results/$$set && cp runs/results/$$set/results.json data/results/$$set.json || exit 1; done
+	for set in nlvr emoji4 grocery starved; do $(bin)/python examples/$$set.py --out runs/results/$$set && cp runs/results/$$set/results.json data/results/$$set.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs *.egg-info

@@ -22,6 +22,7 @@ _HOMES = {
     "evaluate": ("rank_queries", "results_table", "shapes_tasks"),
     "baselines": ("LateFusion", "LateFusionConfig", "load_model"),
     "filip": ("FILIP", "FILIPConfig"),
+    "ett": ("ETT", "ETTConfig"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -71,22 +71,21 @@ def demo_command(rest):
 
 
 def train_command(rest):
-    from fuselip_edu.baselines import BASELINE_PRESETS, BaselineConfig, build_baseline
-    from fuselip_edu.filip import FILIP_PRESETS, FILIPRun, build_filip
     from fuselip_edu.core import write_json
     from fuselip_edu.distributed import barrier, init_distributed
-    from fuselip_edu.train import PRESETS, build, check_world, open_run, preset, train
+    from fuselip_edu.ett import ALL_PRESETS, build_model
+    from fuselip_edu.train import check_world, open_run, preset, train
     name, rest = take(rest, "--preset", "tiny")
     run, rest = take(rest, "--run", "runs/train")
     resume = "--resume" in rest
-    default = preset(name, PRESETS | BASELINE_PRESETS | FILIP_PRESETS)
+    default = preset(name, ALL_PRESETS)
     config = arguments(type(default), [word for word in rest if word != "--resume"], "train", default)
     with init_distributed(config.train.device) as world:
         check_world(config.train, world)
         settings = asdict(config)
         if world.is_main: show_settings(settings)
         folder = open_run(run, settings, resume)
-        model, pairs = {BaselineConfig: build_baseline, FILIPRun: build_filip}.get(type(config), build)(config)
+        model, pairs = build_model(config)
         barrier(world)  # every process has looked at the folder before one writes there
         if world.is_main: write_json(folder / "config.json", settings)
         train(model, pairs, config.train, folder, resume, world=world)
@@ -124,7 +123,7 @@ def benchmark_command(rest):
 
 # %% ../nbs/28_cli.ipynb #7cf10ba0
 def evaluate_command(rest):
-    from fuselip_edu.filip import load_model
+    from fuselip_edu.ett import load_model
     from fuselip_edu.core import write_json
     from fuselip_edu.evaluate import evaluate, results_table, shapes_tasks
     from fuselip_edu.sources import CSVSource
@@ -162,7 +161,7 @@ def evaluate_paper(model, asked): # the suite of chapter 26, beside the publishe
 
 # %% ../nbs/28_cli.ipynb #2fea12ae
 def embed_command(rest):
-    from fuselip_edu.filip import load_model
+    from fuselip_edu.ett import load_model
     from fuselip_edu.core import save_tensors
 
     @dataclass

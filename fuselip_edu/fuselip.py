@@ -81,6 +81,7 @@ class Encoded(NamedTuple):
     targets: torch.Tensor  # (m,), the ids that were hidden there
     rows: torch.Tensor  # (m,), the sequence that each belongs to
     head: Callable  # states to scores
+    own_loss: torch.Tensor|None = None  # of a model that has one of its own, to be added to the others
 
     @property
     def logits(self): return self.head(self.states)  # (m, n_vocab)
@@ -101,25 +102,28 @@ class SequenceEncoder(nn.Module):
     @property
     def device(self): return self.logit_scale.device
 
-    def hidden(self, ids, lengths): # (b, n), (b,) -> (b, n, width), before the final LayerNorm
-        return self.transformer(self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]], attention_mask(ids, lengths, self.vocab))
+    def hidden(self, ids, lengths, vectors=None): # (b, n), (b,) -> (b, n, width), before the final LayerNorm
+        x = self.token_embedding(ids) if vectors is None else vectors[:, :ids.shape[1]]
+        return self.transformer(x + self.positional_embedding[:ids.shape[1]], attention_mask(ids, lengths, self.vocab))
 
     def forward(self,
         ids:torch.Tensor, # (b, n), int64, padded
         lengths:torch.Tensor, # (b,), true lengths; the last id of each is `<eot>`
         labels:torch.Tensor|None=None, # (b, n), hidden ids where masked, else -100
-        packed:bool=True # lay the sequences end to end, so that no padding is computed; an original checkpoint is always padded
+        packed:bool=True, # lay the sequences end to end, so that no padding is computed; an original checkpoint is always padded
+        vectors:torch.Tensor|None=None # (b, n, width), what the ids stand for; None looks them up
     ): # (b, width) unit vectors; with labels, an `Encoded`
         "Embed sequences; the result does not depend on `packed` or on what else is in the batch."
         ends, lengths = find_ends(ids, lengths, self.vocab)
         if packed and not self.vocab.original:
             packing = pack(lengths)
             row, column, ends = packing.row, packing.column, packing.ends
-            x = self.transformer(self.token_embedding(ids[row, column]) + F.embedding(column, self.positional_embedding), packing=packing)
+            x = self.token_embedding(ids[row, column]) if vectors is None else vectors[row, column]
+            x = self.transformer(x + F.embedding(column, self.positional_embedding), packing=packing)
         else:
             n = int(lengths.max())
             row, column = torch.ones_like(ids[:, :n]).nonzero(as_tuple=True)
-            x, ends = self.hidden(ids[:, :n], lengths).flatten(0, 1), ends + n * torch.arange(len(ids), device=ids.device)
+            x, ends = self.hidden(ids[:, :n], lengths, vectors).flatten(0, 1), ends + n * torch.arange(len(ids), device=ids.device)
         embeddings = F.normalize(self.ln_final(x.index_select(0, ends)), dim=-1)  # x: (t, width), a row a token
         if labels is None: return embeddings
         labels = labels[row, column]
@@ -196,6 +200,8 @@ class TokenizedItems:
 
 class FuseLIP(TokenizedItems, SequenceEncoder, ItemEncoder):
     "Images, texts, or both together in, unit vectors out; the image tokenizer is frozen."
+    config_class = FuseLIPConfig  # of a model built on this one, its own
+
     def __init__(self, config:FuseLIPConfig, image_tokenizer:TiTok, text_tokenizer:BPE|CLIPBPE):
         item_tokenizer = ItemTokenizer(image_tokenizer, text_tokenizer, config.context, config.original)
         super().__init__(config, item_tokenizer.vocab)
@@ -216,7 +222,7 @@ def _save_pretrained(self, folder:str|Path):
     folder, text_tokenizer = Path(folder), self.item_tokenizer.text_tokenizer
     save_weights(self, folder / "model.safetensors")
     text_tokenizer.save(folder)
-    write_json(folder / "config.json", {"model": "fuselip", "encoder": dataclasses.asdict(self.config),
+    write_json(folder / "config.json", {"model": MODEL_NAMES[type(self).__name__], "encoder": dataclasses.asdict(self.config),
                                         "image_tokenizer": dataclasses.asdict(self.image_tokenizer.config), "text_tokenizer": text_tokenizer.name})
     with atomic_path(folder / "README.md") as path: path.write_text(model_card(self, folder.name), encoding="utf-8")
 
@@ -261,7 +267,7 @@ A FuseLIP model: an image, a text, or both together become one unit vector of {c
 | part | size |
 |---|---|
 | encoder | {config.layers} layers × {config.width}, {config.heads} heads, context {config.context}; {count(p for p in model.parameters() if p.requires_grad)} parameters |
-| image tokenizer (TiTok, frozen) | {image.image_size} × {image.image_size} pixels to {image.n_latents} codes of {image.n_codes:,}; {count(model.image_tokenizer.parameters())} parameters |
+| image tokenizer (TiTok) | {image.image_size} × {image.image_size} pixels to {image.n_latents} codes of {image.n_codes:,}; {count(model.image_tokenizer.parameters())} parameters |
 | text tokenizer | {text.name}, {text.n_vocab:,} ids |
 
 {fence}python
@@ -275,7 +281,7 @@ Licence of the weights: {licence}.
 """
 
 # %% ../nbs/08_fuselip.ipynb #305482d0
-MODEL_NAMES = {"FuseLIP": "fuselip", "LateFusion": "late_fusion", "FILIP": "filip"}  # what config.json calls them
+MODEL_NAMES = {"FuseLIP": "fuselip", "LateFusion": "late_fusion", "FILIP": "filip", "ETT": "ett"}  # what config.json calls them
 
 
 def read_model_config(
@@ -307,10 +313,10 @@ def _from_pretrained(cls,
     device:str="cpu" # as `pick_device` takes it
 ):
     "A saved model, ready to encode."
-    folder, config = read_model_config(id_or_folder)
+    folder, config = read_model_config(id_or_folder, cls.__name__)
     if "text_config" in config: return load_original(cls, folder, config).to(pick_device(device)).eval()
     path = folder / "config.json"
-    encoder, sizes = saved_config(FuseLIPConfig, config.get("encoder"), path, "encoder."), saved_config(TiTokConfig, config.get("image_tokenizer"), path, "image_tokenizer.")
+    encoder, sizes = saved_config(cls.config_class, config.get("encoder"), path, "encoder."), saved_config(TiTokConfig, config.get("image_tokenizer"), path, "image_tokenizer.")
     text_tokenizer = saved_text_tokenizer(config, path)
     if encoder.original and text_tokenizer.name == "clip": text_tokenizer = CLIPBPE(original=True)
     model = build_from(path, lambda: cls(encoder, TiTok(sizes), text_tokenizer))

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'TrainConfig', 'learning_rate', 'parameter_groups', 'orthogonalised',
            'Muon', 'make_optimizer', 'Batch', 'twins', 'make_batch', 'contrastive_loss', 'lowered', 'forward',
-           'compiled_masked_loss', 'masked_losses', 'loss_values', 'backward', 'save_checkpoint', 'checked_step',
-           'load_checkpoint', 'RunLog', 'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch',
-           'batches_from', 'prepare_device', 'check_world', 'train', 'scheduled', 'scalars', 'finish', 'Config',
-           'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs', 'build',
-           'open_run', 'differences']
+           'compiled_masked_loss', 'masked_losses', 'loss_values', 'backward', 'trained_parameters', 'save_checkpoint',
+           'checked_step', 'load_checkpoint', 'RunLog', 'deferred_interrupt', 'update', 'epoch_batches',
+           'steps_an_epoch', 'batches_from', 'prepare_device', 'check_world', 'train', 'scheduled', 'scalars', 'finish',
+           'Config', 'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs',
+           'build', 'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
 import contextlib, copy, dataclasses, functools, hashlib, itertools, json, math, signal, sys, threading, time
@@ -87,12 +87,14 @@ def learning_rate(
 def parameter_groups(
     model:torch.nn.Module,
     weight_decay:float
-) -> list: # two groups for an optimiser
-    "Weight decay for tensors of two or more dimensions, except names with bn, ln, bias or logit_scale."
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+) -> list: # groups for an optimiser: two, and one for each rate
+    "Weight decay for tensors of two or more dimensions, except names with bn, ln, bias or logit_scale, and parts of the model that have a rate of their own."
+    trainable, rates = [(name, p) for name, p in model.named_parameters() if p.requires_grad], getattr(model, "rates", {})  # {start of a name: share of the learning rate}
     decays = lambda name, p: p.ndim >= 2 and not any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
-    return [{"params": [p for name, p in trainable if decays(name, p)], "weight_decay": weight_decay},
-            {"params": [p for name, p in trainable if not decays(name, p)], "weight_decay": 0.0}]
+    common = [(name, p) for name, p in trainable if not name.startswith(tuple(rates))]
+    return [{"params": [p for name, p in common if decays(name, p)], "weight_decay": weight_decay},
+            {"params": [p for name, p in common if not decays(name, p)], "weight_decay": 0.0},
+            *({"params": [p for name, p in trainable if name.startswith(start)], "weight_decay": 0.0, "rate": rate} for start, rate in rates.items())]
 
 # %% ../nbs/16_train.ipynb #8c8c21e9
 @torch.no_grad()
@@ -206,7 +208,7 @@ def lowered(model, config): # autocast to bf16, or nothing
 
 def forward(model, inputs, config): # -> (2b, width) unit vectors in fp32, and an `Encoded` if there are labels
     with lowered(model, config): encoded = model(**inputs)
-    return (encoded.embeddings.float(), encoded) if "labels" in inputs else (encoded.float(), None)
+    return (encoded.float(), None) if isinstance(encoded, torch.Tensor) else (encoded.embeddings.float(), encoded)
 
 
 @functools.cache
@@ -223,9 +225,9 @@ def masked_losses(model, encoded, b, config, counts=None): # mean cross-entropy 
     return total
 
 # %% ../nbs/16_train.ipynb #7e57ea23
-def loss_values(contrastive, masked, config): # tensors -> floats, with their total
-    values = {"contrastive": float(contrastive.detach()), "masked": float(masked.detach())}
-    return {"loss": values["contrastive"] + config.mask_weight * values["masked"], **values}
+def loss_values(contrastive, masked, own, config): # tensors -> floats, with their total; `own` is None where the model has no loss of its own
+    values = {"contrastive": float(contrastive.detach()), "masked": float(masked.detach())} | ({} if own is None else {"own": float(own.detach())})
+    return {"loss": values["contrastive"] + config.mask_weight * values["masked"] + values.get("own", 0.0), **values}
 
 
 def backward(
@@ -238,8 +240,9 @@ def backward(
     if config.accumulation == 1:
         embeddings, encoded = forward(model, batch.inputs, config)
         contrastive, masked = contrastive_loss(model, embeddings, batch, config, world), masked_losses(model, encoded, len(batch), config)
-        (contrastive + config.mask_weight * masked).backward()
-        return loss_values(contrastive, masked, config)
+        own = getattr(encoded, "own_loss", None)
+        (contrastive + config.mask_weight * masked + (0.0 if own is None else own)).backward()
+        return loss_values(contrastive, masked, own, config)
     parts = [batch.part(i, config.accumulation) for i in range(config.accumulation)]
     with torch.no_grad(): ready = [forward(model, part.inputs, config) for part in parts[:-1]]
     ready.append(forward(model, parts[-1].inputs, config))  # whose way back is kept
@@ -247,18 +250,25 @@ def backward(
     leaf = torch.cat([torch.cat([e.detach().chunk(2)[side] for e in embeddings]) for side in (0, 1)]).requires_grad_()
     contrastive = contrastive_loss(model, leaf, batch, config, world)
     contrastive.backward()  # the gradient that each embedding gets
-    sizes, masked = [len(part) for part in parts], 0.0
+    sizes, masked, own = [len(part) for part in parts], 0.0, None
     gradients = [torch.cat(pieces) for pieces in zip(*(side.split(sizes) for side in leaf.grad.chunk(2)))]
     counts = [int((side >= 0).sum()) for side in batch.inputs["labels"].chunk(2)] if "labels" in batch.inputs else None
     while parts:  # and hand it on, from the last part to the first
         part, gradient, (embedded, encoded) = parts.pop(), gradients.pop(), ready.pop()
         if not embedded.requires_grad: embedded, encoded = forward(model, part.inputs, config)
-        loss = masked_losses(model, encoded, len(part), config, counts)
-        ((embedded * gradient).sum() + config.mask_weight * loss).backward()
+        loss, its_own = masked_losses(model, encoded, len(part), config, counts), getattr(encoded, "own_loss", None)
+        its_own = None if its_own is None else its_own * len(part) / len(batch)
+        ((embedded * gradient).sum() + config.mask_weight * loss + (0.0 if its_own is None else its_own)).backward()
         masked += loss.detach()
-    return loss_values(contrastive, masked, config)
+        if its_own is not None: own = its_own.detach() + (0.0 if own is None else own)
+    return loss_values(contrastive, masked, own, config)
 
 # %% ../nbs/16_train.ipynb #e8beaeba
+def trained_parameters(model, optimizer): # {name: parameter} of all that the optimiser holds, whether or not it learns at the moment
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in model.named_parameters() if id(p) in held}
+
+
 def save_checkpoint(
     folder:Path, # the run's checkpoints/
     model:FuseLIP,
@@ -268,7 +278,7 @@ def save_checkpoint(
     write:bool=True # False: only take part in putting a sharded model together
 ):
     "Weights and optimiser state in one safetensors file with a checksum beside it; older ones beyond `keep` are removed."
-    state = {f"model.{name}": full(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    state = {f"model.{name}": full(p.detach()) for name, p in trained_parameters(model, optimizer).items()}
     for index, values in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{index}.{name}": full(torch.as_tensor(value)) for name, value in values.items()}
     if not write: return
@@ -300,8 +310,7 @@ def load_checkpoint(
             print(f"checkpoint {path} is damaged (its checksum does not match); trying the one before", file=sys.stderr)
             continue
         state = load_file(path)
-        own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for name, p in own.items():
+        for name, p in trained_parameters(model, optimizer).items():
             if state.get(f"model.{name}", torch.empty(0)).shape != p.shape:
                 raise ValueError(f"checkpoint {path} is of another shape: {name} is {tuple(p.shape)} in the model; resume with the configuration of the run")
             p.data.copy_(piece_like(state[f"model.{name}"], p))
@@ -384,7 +393,7 @@ def update(
     grad_norm:float # gradients are clipped to this norm
 ) -> float: # their norm before
     "One optimiser step."
-    for group in optimizer.param_groups: group["lr"] = lr
+    for group in optimizer.param_groups: group["lr"] = lr * group.get("rate", 1.0)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_norm)
     optimizer.step()
     with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
@@ -469,6 +478,7 @@ def train(
     log = RunLog(kept, first, config, quiet=not world.is_main)
     with deferred_interrupt() as interrupted:
         for step, indices, inputs in log.timed(batches_from(first, pairs, config, world)):
+            if hasattr(model, "start_step"): model.start_step(step, config.steps)  # a model whose parts learn at different times
             batch = make_batch(inputs, model, config, step, world.rank)
             lr = scheduled(step, log.elapsed(), config)
             optimizer.zero_grad()

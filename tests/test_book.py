@@ -11,14 +11,15 @@ from fuselip_edu.reproduce import rivals_table
 from fuselip_edu.scaling import ladder_table
 
 CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
-            "sources", "batches", "token_cache", "distributed", "train", "evaluate", "baselines", "filip", "reproduce", "scaling", "demo", "paper", "data", "cli"]
+            "sources", "batches", "token_cache", "distributed", "train", "evaluate", "baselines", "filip", "ett", "reproduce", "scaling", "demo", "paper", "data", "cli"]
+PAGES = {"map"}  # chapters without a module
 
 
 def notebooks(root): return sorted(path for path in (root / "nbs").glob("[0-9]*.ipynb"))
 
 
 def test_every_chapter_has_its_module(root):
-    assert [re.sub(r"^\d+_", "", path.stem) for path in notebooks(root)] == CHAPTERS
+    assert [name for path in notebooks(root) if (name := re.sub(r"^\d+_", "", path.stem)) not in PAGES] == CHAPTERS
     assert {path.stem for path in (root / "fuselip_edu").glob("[a-z]*.py")} == set(CHAPTERS)
 
 
@@ -96,6 +97,21 @@ def test_numbers_of_the_ladder_come_from_its_results(root):
     for path in ("README.md", "nbs/22_scaling.ipynb"):
         text = (root / path).read_text()
         for line in table.splitlines(): assert line in text, f"{path} is not of data/results/scaling.json; run make notebooks"
+
+
+@pytest.mark.parametrize("size", ["s", "b"])
+def test_numbers_of_a_gpu_come_from_its_results(size, root):
+    found, readme = json.loads((root / "data" / "results" / f"scaling-fuselip-{size}-h200.json").read_text()), (root / "README.md").read_text()
+    chapter = (root / "nbs" / "22_scaling.ipynb").read_text()
+    for line in ladder_table(found).splitlines(): assert line in chapter, f"22_scaling.ipynb is not of data/results/scaling-fuselip-{size}-h200.json; run make notebooks"
+    best = max(found["rungs"], key=lambda rung: rung["pairs_per_second"])
+    assert re.search(rf"\| fuselip-{size}, {found['hardware']} \| {best['pairs_per_second']:,.0f} \|.* {best['utilisation']:.0%} \| {best['memory'] / 2**30:.0f} GiB", readme)
+    assert found["batch_size"] == 2048 and found["rungs"][0]["parts"] == 16 and best["data_wait"] < 0.02 and best["pairs_per_second"] > 20 * found["rungs"][0]["pairs_per_second"]
+
+
+def test_the_row_of_small_comes_from_its_run(root):
+    found, readme = json.loads((root / "data" / "results" / "small-h200.json").read_text()), (root / "README.md").read_text()
+    assert f"{found['pairs_per_second']:,.0f} pairs a second on one {found['hardware']}, {found['steps']:,} steps in {found['seconds']:.0f} s" in readme
 
 
 def test_results_and_chapters_name_no_place_of_this_machine(root):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 from fuselip_edu.batches import BadItems, SourcePairs, Unreadable, Reader, parse_share, readable_groups, tokenize_pairs
 from fuselip_edu.distributed import init_distributed
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
+from fuselip_edu.scaling import MixedShapes
 from fuselip_edu.sources import CSVSource, ShapesSource, ShardSource, TableSource, source_groups
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
@@ -261,6 +263,15 @@ def test_odd_pictures_are_read_and_broken_ones_are_passed_over(pictures, tmp_pat
     again.write_to(tmp_path / "bad.jsonl")
     list(SourcePairs(source, Small(), bad=again).batches([[list(range(22))]]))
     assert again.reasons == bad.reasons and (tmp_path / "bad.jsonl").read_text().count("\n") == len(rows)  # a resumed run writes none down twice, and one that was mended is forgotten
+
+
+def test_a_large_batch_needs_few_open_files():
+    limit, source = resource.getrlimit(resource.RLIMIT_NOFILE), MixedShapes(600, 32)
+    pairs = SourcePairs(source, Small(), workers=2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit[0], len(os.listdir("/proc/self/fd")) + 100), limit[1]))
+    try: found = list(pairs.batches([[list(range(300))], [list(range(300, 600))]]))
+    finally: resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -41,7 +41,7 @@ def probes(tasks): return probe()
 
 
 @pytest.fixture(scope="module")
-def built(): return {name: r.build_trial(small(name)) for name in PAPERS}
+def built(): return {name: r.build_model(small(name)) for name in PAPERS}
 
 
 # ---- trials
@@ -73,7 +73,7 @@ def test_models_of_one_size_have_as_many_parameters(size, tmp_path):
         config.scenes = 20
         config.train.batch_size = 32
         if name == "fuselip": config.tokenizer = str(tmp_path)
-        counts.append(sum(p.numel() for p in r.build_trial(config)[0].parameters() if p.requires_grad))
+        counts.append(sum(p.numel() for p in r.build_model(config)[0].parameters() if p.requires_grad))
     assert max(counts) / counts[0] < 1.05 and min(counts) / counts[0] > 0.95
 
 

@@ -1,0 +1,99 @@
+"""A starved tokenizer: sixteen codes in place of 256. Does it help to tune it with the task (ETT, chapter 20)?
+
+Three models on the shapes of chapter 2, alike but for how they read a picture, with equal pairs:
+  fuselip         the codes' numbers, looked up in a table; the tokenizer is frozen
+  vectors         the codes' vectors, projected; the tokenizer is frozen
+  ett             the same, and the tokenizer learns during the first 40 % of the steps
+They are asked the nine tasks, and the same three are trained to write captions. Of every tokenizer: the error of the pictures that it rebuilds, and the codes that it uses.
+"""
+import argparse
+import copy
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+from common import summary
+from fuselip_edu.baselines import load_model
+from fuselip_edu.core import seed_everything, write_json
+from fuselip_edu.ett import ETT, CaptionHead, ETTConfig, picture_vectors, starve, tokenizer_report
+from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
+from fuselip_edu.reproduce import Comparison, claims_table, reproduce, reproduction_table
+from fuselip_edu.shapes import listed, render, scene_at
+from fuselip_edu.text import BPE
+from fuselip_edu.titok import TINY_TOKENIZER, TiTok, TokenizerTrainConfig
+from fuselip_edu.vocab import pad_sequences
+
+KINDS, CODES, BATCH = ("fuselip", "vectors", "ett"), 16, 24
+
+
+def scene(index, split="train"): return scene_at(index, 9, split, count=2)
+
+
+def caption(one): return listed([f"a {thing.name}" for thing in one.objects])
+
+
+def pictures(scenes): return torch.stack([render(one) for one in scenes])
+
+
+def sentences(model, text, scenes): return pad_sequences([model.vocab.sequence((), text.encode(caption(one))) for one in scenes])
+
+
+def write_captions(kind, tokenizer, steps, seed=0): # -> how well a model of this kind, with a head of its own, says what is in pictures
+    seed_everything(seed)
+    scenes, asked = [scene(index) for index in range(4000)], [scene(index, "test") for index in range(500)]
+    seen, shown, text = pictures(scenes), pictures(asked), BPE.train([caption(one) for one in scenes], 320)
+    model = FuseLIP(FuseLIPConfig(layers=1), tokenizer, text) if kind == "fuselip" else ETT(ETTConfig(layers=1, tuned=kind == "ett"), tokenizer, text)
+    before, head = tokenizer_report(tokenizer, shown), CaptionHead(model.config.width, model.vocab, tokenizer.config.n_latents)
+    reading = [p for name, p in model.named_parameters() if name.startswith("token_embedding.")]
+    optimizer = torch.optim.AdamW([{"params": [*head.parameters(), *reading]}, {"params": list(tokenizer.parameters()), "rate": 0.1}], lr=2e-3, weight_decay=0.0)
+    schedule, generator = functools.partial(rate_at, steps=steps), torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        if kind == "ett": model.start_step(step, steps)
+        for group in optimizer.param_groups: group["lr"] = schedule(step) * group.get("rate", 1.0)
+        chosen = torch.randint(len(scenes), (BATCH,), generator=generator).tolist()
+        vectors, own = picture_vectors(model, seen[chosen])
+        loss = head.loss(vectors, *sentences(model, text, [scenes[at] for at in chosen]))
+        optimizer.zero_grad()
+        (loss if own is None else loss + own).backward()
+        optimizer.step()
+    with torch.no_grad():
+        vectors, _ = picture_vectors(model, shown)
+        ids, lengths = sentences(model, text, asked)
+        said, wanted = head.write(vectors), [text.encode(caption(one)) for one in asked]
+        right = sum(text.decode(a).split() == text.decode(b).split() for a, b in zip(said, wanted)) / len(asked)
+        return {"loss": float(head.loss(vectors, ids, lengths)), "right": right, "before": before, "after": tokenizer_report(tokenizer, shown)}
+
+
+def rate_at(step, steps): # peak 2e-3, a short warm-up, then down to 0
+    return 2e-3 * min(1.0, (step + 1) / 50, (steps - step) / (0.5 * steps))
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="runs/starved", help="folder of the run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of every model (default: %(default)s)")
+    parser.add_argument("--tokenizer-steps", type=int, default=1500, help="in which the starved tokenizer learns its codes (default: %(default)s)")
+    parser.add_argument("--caption-steps", type=int, default=1000, help="of every head (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=300, help="test scenes (default: %(default)s)")
+    asked = parser.parse_args(words)
+    out = Path(asked.out).resolve()
+    if not (out / "tokenizer" / "config.json").exists():
+        learned = starve(TiTok.from_pretrained(TINY_TOKENIZER), CODES, pictures(scene_at(index, 7) for index in range(6000)), TokenizerTrainConfig(steps=asked.tokenizer_steps, lr=5e-4, device="cpu"))
+        learned.save_pretrained(out / "tokenizer")
+    starved, whole, shown = TiTok.from_pretrained(out / "tokenizer"), TiTok.from_pretrained(TINY_TOKENIZER), pictures(scene_at(index, 0, "test") for index in range(500))
+    comparison = Comparison(models=",".join(KINDS), seeds=1, steps=asked.steps, queries=asked.queries, tokenizer=str(out / "tokenizer"), run=str(out / "run"))
+    said = "python examples/starved.py" + (f" {' '.join(words)}" if words else "")
+    found = summary(reproduce(comparison), said)
+    found["codes"], found["tokenizers"] = CODES, {"whole": tokenizer_report(whole, shown), "starved": tokenizer_report(starved, shown)}
+    for kind in KINDS:
+        found["models"][kind]["tokenizer"] = tokenizer_report(load_model(out / "run" / kind / "seed-0").image_tokenizer, shown)
+        path = out / "captions" / f"{kind}.json"
+        if not path.exists(): write_json(path, write_captions(kind, copy.deepcopy(starved), asked.caption_steps))
+        found["models"][kind]["captions"] = json.loads(path.read_text(encoding="utf-8"))
+    write_json(out / "results.json", found)
+    print(f"{reproduction_table(found)}\n\n{claims_table(found)}\n\nsummary: {out / 'results.json'}")
+
+
+if __name__ == "__main__": main()
