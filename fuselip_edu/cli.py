@@ -123,7 +123,7 @@ def benchmark_command(rest):
 
 # %% ../nbs/28_cli.ipynb #7cf10ba0
 def evaluate_command(rest):
-    from fuselip_edu.ett import load_model
+    from fuselip_edu.baselines import load_model
     from fuselip_edu.core import write_json
     from fuselip_edu.evaluate import evaluate, results_table, shapes_tasks
     from fuselip_edu.sources import CSVSource
@@ -161,7 +161,7 @@ def evaluate_paper(model, asked): # the suite of chapter 26, beside the publishe
 
 # %% ../nbs/28_cli.ipynb #2fea12ae
 def embed_command(rest):
-    from fuselip_edu.ett import load_model
+    from fuselip_edu.baselines import load_model
     from fuselip_edu.core import save_tensors
 
     @dataclass

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .baselines import BASELINE_PRESETS, MODEL_CLASSES, BaselineConfig, ImageStore, build_baseline, load_model
+from .baselines import BASELINE_PRESETS, BaselineConfig, ImageStore, build_baseline
 from .batches import Sequences, open_data, tokenize_pairs
 from .core import progress, seed_everything
 from .filip import FILIP_PRESETS, FILIPRun, build_filip
@@ -212,7 +212,6 @@ class ETTRun(Config):
 
 ETT_PRESETS = {"tiny-ett": ETTRun(), "tiny-vectors": ETTRun(encoder=ETTConfig(tuned=False))}
 ALL_PRESETS = PRESETS | BASELINE_PRESETS | FILIP_PRESETS | ETT_PRESETS
-MODEL_CLASSES["ett"] = ETT
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .baselines import MODEL_CLASSES, load_model
 from .batches import SourcePairs, open_data, tokenize_pairs
 from .core import load_image, load_weights, pick_device, progress, save_weights, seed_everything, write_json
 from .distributed import World
@@ -285,9 +284,6 @@ def build_filip(
     source = open_data(config.data, config.train.seed, image_tokenizer.config.image_size, scenes=config.scenes, tgit=config.tgit, without=config.without)
     model = FILIP(config.encoder, image_tokenizer, text_tokenizer_for(source, config.text_vocab))
     return model, open_pairs(source, model, config, lambda groups: tokenize_pairs(groups, model.item_tokenizer))
-
-
-MODEL_CLASSES["filip"] = FILIP
 
 # %% ../nbs/19_filip.ipynb #831af47f
 @torch.no_grad()
