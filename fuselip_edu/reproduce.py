@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MODELS', 'PROBES', 'TITLES', 'CODEBOOKS', 'ABLATIONS', 'Comparison', 'run_folder', 'trial_config', 'flops_per_pair',
            'Curve', 'run_trial', 'run_trials', 'paired_difference', 'summarise_trials', 'csv_tasks',
-           'train_shared_tokenizer', 'reproduce', 'reproduction_table', 'tasks_figure', 'claims_table', 'curves_figure',
-           'kinds_figure', 'only', 'changed', 'ablate', 'ablation_table', 'modality_mask', 'BlockedFusion',
-           'image_attention', 'fusion', 'rivals_table', 'modality_space']
+           'train_shared_tokenizer', 'told_apart', 'reproduce', 'reproduction_table', 'tasks_figure', 'claims_table',
+           'curves_figure', 'kinds_figure', 'only', 'changed', 'ablate', 'ablation_table', 'modality_mask',
+           'BlockedFusion', 'image_attention', 'fusion', 'rivals_table', 'modality_space']
 
 # %% ../nbs/21_reproduce.ipynb #8fb642e3
 import concurrent.futures, contextlib, copy, dataclasses, functools, json, multiprocessing, os, random, re, sys, time
@@ -283,6 +283,23 @@ def train_shared_tokenizer(
     tokenizer, _ = fit_tokenizer(open_data(data, 7, sizes.image_size, scenes=scenes), sizes, recipe, watch=lambda row: print(row, file=sys.stderr, flush=True))
     with atomic_path(folder) as path: tokenizer.save_pretrained(path)
 
+# %% ../nbs/21_reproduce.ipynb #f0877866
+@torch.no_grad()
+def told_apart(
+    tokenizer, # a `TiTok` with a decoder
+    queries # list of `Query`
+) -> float|None: # None where no query has pictures to choose from
+    "Share of the queries with pictures as candidates whose right one is the nearest to what its own codes give back."
+    asked, pixels = [query for query in queries if all(isinstance(item, Item) and item.image is not None and item.text is None for item in query.candidates)], {}
+    def shown(item):
+        key = str(item.image) if isinstance(item.image, (str, os.PathLike)) else id(item)
+        if key not in pixels: pixels[key] = load_image(item.image, tokenizer.config.image_size)
+        return pixels[key]
+    if not asked: return None
+    back = torch.cat([tokenizer.decode(tokenizer.encode(torch.stack([shown(query.candidates[0]) for query in asked[start:start + 256]]))) for start in range(0, len(asked), 256)])
+    nearest = [int((torch.stack([shown(item) for item in query.candidates]).float() / 255 - picture).square().flatten(1).mean(1).argmin()) for query, picture in zip(asked, back)]
+    return nearest.count(0) / len(asked)
+
 # %% ../nbs/21_reproduce.ipynb #10087755
 @contextlib.contextmanager
 def _counted(path): # yields a function that gives the minutes of this and all earlier attempts
@@ -309,6 +326,9 @@ def reproduce(
         done = run_trials(trials, ask, probe, asked.processes)
     found = {model: [done[f"{model}, seed {seed}"] for seed in range(asked.seeds)] for model in models}
     results = {"preset": asked.preset, "command": command, "queries": asked.queries, "minutes": minutes()} | provenance() | summarise_trials(found, tasks)
+    if asked.tests and "fuselip" in models:
+        tokenizer = load_model(run / "fuselip" / "seed-0").image_tokenizer
+        results["told_apart"] = {task: told_apart(tokenizer, queries) for task, queries in tasks.items()}
     if not asked.tests:
         results["spaces"] = {model: modality_space(load_model(run / model / "seed-0")) for model in models if model != "filip"}  # which has no single vectors
         if "fuselip" in models: results["fusion"] = fusion(load_model(run / "fuselip" / "seed-0"), tasks)
@@ -590,14 +610,15 @@ def rivals_table(
     results:dict, # from `reproduce`
     ours:str="fuselip"
 ) -> str: # Markdown
-    "A row a task: accuracy of every model, and how far one of them is ahead of the best other."
+    "A row a task: accuracy of every model, how far one of them is ahead of the best other, and how often its codes could tell (`told_apart`)."
     models = results["models"]
-    lines = [f"| task | queries | chance | {' | '.join(TITLES.get(model, model) for model in models)} | to the better rival | p |", "|---" * (len(models) + 5) + "|"]
+    lines = [f"| task | queries | chance | {' | '.join(TITLES.get(model, model) for model in models)} | to the better rival | p |{' codes tell |' * ('told_apart' in results)}", "|---" * (len(models) + 5 + ("told_apart" in results)) + "|"]
     for task, row in models[ours]["tasks"].items():
         best = max((model for model in models if model != ours), key=lambda model: models[model]["tasks"][task]["mean"])
         claim = next(claim for claim in results["claims"] if (claim["task"], claim["rival"]) == (task, best))
         scores = [f"{100 * found['tasks'][task]['mean']:.1f}" for found in models.values()]
-        lines.append(f"| {task} | {row['n']} | {100 * row['chance']:.1f} | {' | '.join(scores)} | {100 * claim['difference']:+.1f} | {claim['p']:.4f} |")
+        codes = "" if "told_apart" not in results else " |" if results["told_apart"][task] is None else f" {100 * results['told_apart'][task]:.0f} |"
+        lines.append(f"| {task} | {row['n']} | {100 * row['chance']:.1f} | {' | '.join(scores)} | {100 * claim['difference']:+.1f} | {claim['p']:.4f} |{codes}")
     return "\n".join(lines)
 
 # %% ../nbs/21_reproduce.ipynb #8abadf79

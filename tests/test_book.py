@@ -81,7 +81,7 @@ def test_numbers_of_the_demo_come_from_its_results(root):
     assert len(rows) == len(tasks) and {number for line in rows for number in re.findall(r"-?\d+\.\d", line)} == known
 
 
-@pytest.mark.parametrize("name", ["nlvr", "grocery"])
+@pytest.mark.parametrize("name", ["nlvr", "emoji4", "grocery"])
 def test_numbers_of_real_sets_come_from_their_results(name, root):
     found = json.loads((root / "data" / "results" / f"{name}.json").read_text())
     assert found["command"].startswith(f"python examples/{name}.py") and set(found["models"]) == {"fuselip", "sf", "mlf"}

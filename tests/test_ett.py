@@ -2,6 +2,8 @@
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -206,6 +208,8 @@ def test_save_load_and_encode(pairs, tmp_path):
         assert isinstance(loaded, e.ETT) and loaded.config == model.config
         torch.testing.assert_close(loaded.embed_items(items), model.embed_items(items))
         assert torch.equal(loaded.image_tokenizer.quantize.embedding.weight, model.image_tokenizer.quantize.embedding.weight)
+    asked = f"from fuselip_edu import load_model; print(type(load_model({str(tmp_path)!r})).__name__)"  # where nobody has imported the chapter
+    assert subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True, text=True).stdout.strip() == "ETT"
     with pytest.raises(ValueError, match="does not describe a FuseLIP model but 'ett'"): FuseLIP.from_pretrained(tmp_path)
 
 

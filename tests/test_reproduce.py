@@ -363,3 +363,32 @@ def test_and_keeps_up_elsewhere(task, committed):
 
 def test_fusion_happens_in_the_first_layer(committed):
     for name, (whole, first, *_, last) in committed["fusion"]["blocked"].items(): assert whole - first > 0.8 * (whole - last) > 0.05, name
+
+
+# ---- what codes are worth
+
+class Recalled: # a tokenizer that gives back what it was told to
+    config = type("config", (), {"image_size": 32})
+    def __init__(self, back): self.back = back
+    def encode(self, pixels): return torch.arange(len(pixels))
+    def decode(self, codes): return self.back[codes]
+
+
+def test_codes_tell_a_picture_if_it_is_nearest_to_what_they_give_back():
+    pictures = [render(scene_at(index), 32) for index in range(4)]
+    query = lambda right, *wrong: Query(Item(text="which?"), tuple(Item(pictures[at]) for at in (right, *wrong)))
+    queries = [query(0, 1, 2), query(1, 0), query(2, 3), Query(Item(pictures[0]), (Item(text="a"), Item(text="b"))), Query(Item(pictures[0]), (Item(pictures[1], "and words"), Item(pictures[2], "too")))]
+    back = torch.stack(pictures).float() / 255
+    assert r.told_apart(Recalled(back), queries) == 1.0
+    assert r.told_apart(Recalled(back[[1, 1, 3, 3]]), queries) == pytest.approx(1 / 3)  # the first and the third give back another
+    assert r.told_apart(Recalled(back), queries[3:]) is None
+
+
+def test_the_table_of_rivals_says_what_codes_could_tell():
+    row = lambda mean: {"mean": mean, "n": 10, "chance": 0.1}
+    results = {"models": {"fuselip": {"tasks": {"edit": row(0.5), "name": row(0.4)}}, "sf": {"tasks": {"edit": row(0.25), "name": row(0.5)}}},
+               "claims": [{"task": "edit", "rival": "sf", "difference": 0.25, "p": 0.01}, {"task": "name", "rival": "sf", "difference": -0.1, "p": 0.5}]}
+    plain = r.rivals_table(results).splitlines()
+    told = r.rivals_table(results | {"told_apart": {"edit": 0.13, "name": None}}).splitlines()
+    assert told[0] == plain[0] + " codes tell |" and told[1] == plain[1] + "---|"
+    assert told[2] == plain[2] + " 13 |" and told[3] == plain[3] + " |"
