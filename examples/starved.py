@@ -26,6 +26,7 @@ from fuselip_edu.titok import TINY_TOKENIZER, TiTok, TokenizerTrainConfig
 from fuselip_edu.vocab import pad_sequences
 
 KINDS, CODES, BATCH = ("fuselip", "vectors", "ett"), 16, 24
+TRAINED, ASKED = 4000, 500  # scenes with captions
 
 
 def scene(index, split="train"): return scene_at(index, 9, split, count=2)
@@ -42,7 +43,7 @@ def sentences(model, text, scenes): return pad_sequences([model.vocab.sequence((
 
 def write_captions(kind, tokenizer, steps, seed=0): # -> how well a model of this kind, with a head of its own, says what is in pictures
     seed_everything(seed)
-    scenes, asked = [scene(index) for index in range(4000)], [scene(index, "test") for index in range(500)]
+    scenes, asked = [scene(index) for index in range(TRAINED)], [scene(index, "test") for index in range(ASKED)]
     seen, shown, text = pictures(scenes), pictures(asked), BPE.train([caption(one) for one in scenes], 320)
     model = FuseLIP(FuseLIPConfig(layers=1), tokenizer, text) if kind == "fuselip" else ETT(ETTConfig(layers=1, tuned=kind == "ett"), tokenizer, text)
     before, head = tokenizer_report(tokenizer, shown), CaptionHead(model.config.width, model.vocab, tokenizer.config.n_latents)
@@ -82,7 +83,7 @@ def main(words=None):
     if not (out / "tokenizer" / "config.json").exists():
         learned = starve(TiTok.from_pretrained(TINY_TOKENIZER), CODES, pictures(scene_at(index, 7) for index in range(6000)), TokenizerTrainConfig(steps=asked.tokenizer_steps, lr=5e-4, device="cpu"))
         learned.save_pretrained(out / "tokenizer")
-    starved, whole, shown = TiTok.from_pretrained(out / "tokenizer"), TiTok.from_pretrained(TINY_TOKENIZER), pictures(scene_at(index, 0, "test") for index in range(500))
+    starved, whole, shown = TiTok.from_pretrained(out / "tokenizer"), TiTok.from_pretrained(TINY_TOKENIZER), pictures(scene_at(index, 0, "test") for index in range(ASKED))
     comparison = Comparison(models=",".join(KINDS), seeds=1, steps=asked.steps, queries=asked.queries, tokenizer=str(out / "tokenizer"), run=str(out / "run"))
     said = "python examples/starved.py" + (f" {' '.join(words)}" if words else "")
     found = summary(reproduce(comparison), said)

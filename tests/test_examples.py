@@ -14,12 +14,14 @@ import pytest
 from fuselip_edu.cli import main
 from fuselip_edu.core import read_image
 from fuselip_edu.sources import CSVSource
+from fuselip_edu.titok import TINY_TOKENIZER, TiTok, TokenizerTrainConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import common
 import emoji4
 import grocery
 import nlvr
+import starved
 
 SETS = {"emoji4": (emoji4, None), "nlvr": (nlvr, 25), "grocery": (grocery, 200)}
 TASKS = {"emoji4": {"captions", "captions-new", "edit-skin-tone", "edit-skin-tone-new", "edit-gender", "edit-gender-new", "edit-hair", "edit-colour", "edit-size", "edit-clock", "edit-moon"},
@@ -237,3 +239,19 @@ def test_one_command_trains_and_compares(data, tmp_path, monkeypatch):
     runs(0)
     start("--seeds", "2")
     assert json.loads((tmp_path / "results.json").read_text()) == {"command": "python examples/grocery.py --seeds 2", "models": {"sf": {"tasks": {"shop": {"mean": 0.5}}}}}
+
+
+@pytest.mark.parametrize("kind", starved.KINDS)
+def test_captions_over_a_starved_tokenizer(kind, monkeypatch):
+    monkeypatch.setattr(starved, "TRAINED", 60)
+    monkeypatch.setattr(starved, "ASKED", 20)
+    tokenizer = starved.starve(TiTok.from_pretrained(TINY_TOKENIZER), 16, starved.pictures(starved.scene(index) for index in range(40)), TokenizerTrainConfig(steps=2, device="cpu"))
+    found = starved.write_captions(kind, tokenizer, 3)
+    assert found["loss"] > 0 and 0 <= found["right"] <= 1 and found["before"]["used"] <= 16
+    assert (found["before"] != found["after"]) == (kind == "ett")  # only there the tokenizer learns
+    assert found == starved.write_captions(kind, tokenizer, 3) or kind == "ett"
+
+
+def test_the_rate_rises_and_falls():
+    rates = [starved.rate_at(step, 200) for step in range(200)]
+    assert rates[0] < rates[20] < rates[49] == max(rates) == 2e-3 == rates[100] and rates[-1] < 1e-4
