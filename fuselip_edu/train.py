@@ -431,7 +431,8 @@ def batches_from(first, pairs, config, world): # yields (step, indices, inputs) 
             step += 1
 
 # %% ../nbs/16_train.ipynb #e29d7929
-def prepare_device(model, config): # sets what `config` says of products and compilation
+def prepare_device(model, config, world): # the model where it is trained, with products and compilation as `config` says
+    model.to(world.device if world.size > 1 else pick_device(config.device)).train()
     on_gpu = model.device.type == "cuda"
     if config.compiled and not on_gpu: raise ValueError(f"train.compiled is for cuda, and the device is {model.device}; leave it out")
     if on_gpu: torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
@@ -464,8 +465,7 @@ def train(
 ) -> list: # of dicts, one a logged step: step, pairs, loss, contrastive, masked, lr, scale, bias, grad_norm
     "Train; with a run folder, Ctrl-C leaves a checkpoint."
     check_world(config, world)
-    model.to(world.device if world.size > 1 else pick_device(config.device)).train()
-    prepare_device(model, config)
+    prepare_device(model, config, world)
     per_epoch = steps_an_epoch(pairs, config)
     if config.epochs: config = dataclasses.replace(config, steps=config.epochs * per_epoch)
     broadcast_parameters(model, world)
