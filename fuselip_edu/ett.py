@@ -125,33 +125,36 @@ class ETT(FuseLIP):
         error = reconstruction_errors(tokenizer, quantized[first_places(row, len(pixels))], pixels)[row].mean()
         return vectors, indices, self.config.alpha * share * (error + pull)
 
-    def forward(self,
-        ids:torch.Tensor, # (b, n), int64, padded
-        lengths:torch.Tensor, # (b,)
-        labels:torch.Tensor|None=None, # (b, n), hidden ids where masked, else -100
-        pixels:torch.Tensor|None=None, # (b, 3, s, s), uint8: pictures to be tokenized now, in place of the codes among the ids
-        image:torch.Tensor|None=None, # (b,), which pictures are the same; -1 where there is none
-        packed:bool=True
-    ): # as for FuseLIP; where the tokenizer learns, an `Encoded` with its loss
-        "Embed sequences, with the codes that they have or those that their pictures get now."
-        if pixels is None or not (image >= 0).any(): return super().forward(ids, lengths, labels, packed)
-        shown, n = (image >= 0).nonzero()[:, 0], self.image_tokenizer.config.n_latents
-        pictures, row = image[shown].unique(return_inverse=True)
-        seen, indices, own_loss = self.look(pixels[shown[first_places(row, len(pictures))]], row, len(shown) / len(ids))
-        ids, codes = ids.clone(), indices + self.vocab.first_code  # (s, n)
-        hidden = ids[shown, :n] == self.vocab.mask
-        ids[shown, :n] = codes.where(~hidden, self.vocab.mask)
-        if labels is not None:
-            labels = labels.clone()
-            labels[shown, :n] = codes.where(hidden, -100)
-        vectors = self.token_embedding(ids)
-        vectors = vectors.index_put((shown[:, None], torch.arange(n, device=ids.device)), torch.where(hidden[..., None], vectors[shown, :n], seen.to(vectors.dtype)))
-        labels = torch.full_like(ids, -100) if labels is None and own_loss is not None else labels  # nothing is hidden, but there is a loss to hand on
-        encoded = super().forward(ids, lengths, labels, packed, vectors)
-        return encoded if own_loss is None else encoded._replace(own_loss=own_loss)
-
     def collate(self, items) -> dict: # list of `Item` -> the arguments of `forward`; pixels for a tokenizer that learns
         return PictureSequences.of(items, self).inputs(range(len(items) // 2)) if self.config.tuned and self.training else super().collate(items)
+
+# %% ../nbs/20_ett.ipynb #e1eeaf0a
+def _forward(self,
+    ids:torch.Tensor, # (b, n), int64, padded
+    lengths:torch.Tensor, # (b,)
+    labels:torch.Tensor|None=None, # (b, n), hidden ids where masked, else -100
+    pixels:torch.Tensor|None=None, # (b, 3, s, s), uint8: pictures to be tokenized now, in place of the codes among the ids
+    image:torch.Tensor|None=None, # (b,), which pictures are the same; -1 where there is none
+    packed:bool=True
+): # as for FuseLIP; where the tokenizer learns, an `Encoded` with its loss
+    "Embed sequences, with the codes that they have or those that their pictures get now."
+    if pixels is None or not (image >= 0).any(): return FuseLIP.forward(self, ids, lengths, labels, packed)
+    shown, n = (image >= 0).nonzero()[:, 0], self.image_tokenizer.config.n_latents
+    pictures, row = image[shown].unique(return_inverse=True)
+    seen, indices, own_loss = self.look(pixels[shown[first_places(row, len(pictures))]], row, len(shown) / len(ids))
+    ids, codes = ids.clone(), indices + self.vocab.first_code  # (s, n)
+    hidden = ids[shown, :n] == self.vocab.mask
+    ids[shown, :n] = codes.where(~hidden, self.vocab.mask)
+    if labels is not None:
+        labels = labels.clone()
+        labels[shown, :n] = codes.where(hidden, -100)
+    vectors = self.token_embedding(ids)
+    vectors = vectors.index_put((shown[:, None], torch.arange(n, device=ids.device)), torch.where(hidden[..., None], vectors[shown, :n], seen.to(vectors.dtype)))
+    labels = torch.full_like(ids, -100) if labels is None and own_loss is not None else labels  # nothing is hidden, but there is a loss to hand on
+    encoded = FuseLIP.forward(self, ids, lengths, labels, packed, vectors)
+    return encoded if own_loss is None else encoded._replace(own_loss=own_loss)
+
+ETT.forward = _forward
 
 # %% ../nbs/20_ett.ipynb #6628e033
 @dataclass
@@ -190,7 +193,7 @@ class PictureSequences:
         "The inputs of every batch."
         return (self.inputs([i for shard in batch for i in shard]) for batch in batches)
 
-
+# %% ../nbs/20_ett.ipynb #ecec05c0
 def picture_sequences(
     groups, # iterable of groups, each a list of `Pair`
     model:ETT

@@ -190,7 +190,7 @@ def benchmark_model(name, device): # a preset, or fuselip-s, fuselip-b -> a `Fus
     text = CLIPBPE() if not config.text_vocab else BPE.train([item.text for index in range(300) for pair in mixed[index] for item in (pair.left, pair.right) if item.text], config.text_vocab)
     return FuseLIP(config.encoder, image_tokenizer, text).to(device).train()
 
-
+# %% ../nbs/22_scaling.ipynb #769b1c69
 def benchmark(
     name:str="tiny", # a preset, or fuselip-s, fuselip-b
     device:str="auto",

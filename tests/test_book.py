@@ -92,6 +92,14 @@ def test_numbers_of_real_sets_come_from_their_results(name, root):
         for line in table.splitlines(): assert line in text, f"{path} is not of data/results/{name}.json; run make notebooks"
 
 
+def test_numbers_of_the_starved_tokenizer_come_from_its_results(root):
+    found, chapter = json.loads((root / "data" / "results" / "starved.json").read_text()), (root / "nbs" / "20_ett.ipynb").read_text()
+    assert found["command"].startswith("python examples/starved.py") and found["tokenizers"]["starved"]["used"] <= found["codes"]
+    for row in found["models"].values():
+        mean = sum(task["mean"] for task in row["tasks"].values()) / len(row["tasks"])
+        assert re.search(rf"\| {100 * mean:.1f} \| .*\| {row['captions']['loss']:.3f} \| {row['tokenizer']['error']:.4f} \| {row['tokenizer']['used']} \|", chapter), "20_ett.ipynb is not of data/results/starved.json; run make notebooks"
+
+
 def test_numbers_of_the_ladder_come_from_its_results(root):
     table = ladder_table(json.loads((root / "data" / "results" / "scaling.json").read_text()))
     for path in ("README.md", "nbs/22_scaling.ipynb"):
