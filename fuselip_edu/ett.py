@@ -9,6 +9,7 @@ __all__ = ['ETT_PRESETS', 'ALL_PRESETS', 'CodeTable', 'both_ways', 'reconstructi
 
 # %% ../nbs/20_ett.ipynb #a728a112
 import dataclasses
+from collections import ChainMap
 from dataclasses import dataclass, field
 
 import torch
@@ -214,7 +215,7 @@ class ETTRun(Config):
 
 
 ETT_PRESETS = {"tiny-ett": ETTRun(), "tiny-vectors": ETTRun(encoder=ETTConfig(tuned=False))}
-ALL_PRESETS = PRESETS | BASELINE_PRESETS | FILIP_PRESETS | ETT_PRESETS
+ALL_PRESETS = ChainMap(ETT_PRESETS, FILIP_PRESETS, BASELINE_PRESETS, PRESETS)  # one view of all of them
 
 
 @torch.no_grad()
