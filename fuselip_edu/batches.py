@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RECIPES', 'PLACES', 'grouped_batches', 'MixedSource', 'kept_groups', 'open_data', 'Sequences', 'TokenPairs',
            'tokenize_pairs', 'Unreadable', 'Reader', 'parse_share', 'BadItems', 'readable_groups', 'bundled',
-           'unbundled', 'read_batches', 'SourcePairs', 'to_size']
+           'unbundled', 'read_batches', 'Sizes', 'SourcePairs', 'to_size']
 
 # %% ../nbs/13_batches.ipynb #b85fe90c
-import bisect, itertools, json, random, sys
+import bisect, copy, itertools, json, random, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -283,6 +283,10 @@ def read_batches(
     return (unbundled(*read) for read in loader) if workers else iter(loader)
 
 # %% ../nbs/13_batches.ipynb #4d780838
+@dataclass
+class Sizes: image_size: int  # all that reading asks of a model
+
+
 class SourcePairs:
     "Pairs that are read, cropped and turned into a model's inputs when a batch asks for them."
     def __init__(self,
@@ -310,8 +314,9 @@ class SourcePairs:
         batches # list of batches; a batch is a list of shards, a shard a list of indices
     ): # yields the model's inputs, one a batch: left sides, then right sides
         "Read, cut every shard to its size, and collate."
-        flat = [[index for shard in batch for index in shard] for batch in batches]
-        for batch, indices, items in zip(batches, flat, read_batches(self, flat, self.workers)):
+        flat, reader = [[index for shard in batch for index in shard] for batch in batches], copy.copy(self)
+        reader.model, reader.bad = Sizes(self.model.image_size), None  # a worker has no use for the model
+        for batch, indices, items in zip(batches, flat, read_batches(reader, flat, self.workers)):
             items = iter([self.bad.passed_over(index, item) for index, item in zip(indices, items)])
             pairs = [pair for shard in batch for pair in to_size([pair for item in itertools.islice(items, len(shard)) for pair in item], shard)]
             yield self.model.collate([pair.left for pair in pairs] + [pair.right for pair in pairs])

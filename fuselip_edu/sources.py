@@ -35,6 +35,14 @@ def source_groups(
         if pairs := [pair for index in group for pair in source[index]]: yield pairs
 
 # %% ../nbs/12_sources.ipynb #d9046f1d
+@functools.lru_cache(maxsize=2)  # neighbouring items share a scene, and the very same picture
+def _scene_groups(scene, seed, split, size, tgit): # {part: list of groups}
+    rng = random.Random(f"{seed}/{split}/{scene}/pairs")
+    groups = scene_pairs(scene_at(scene, seed, split), rng, split, size)
+    image = groups["caption"][0][0].left.image
+    return groups | {"tgit": [transform_pairs(image, draw_kind(rng), rng) for _ in range(tgit)]}
+
+
 class ShapesSource:
     "Everything that scenes teach, in the paper's five kinds of data; an item is one group of one scene."
     def __init__(self,
@@ -50,13 +58,6 @@ class ShapesSource:
         self.parts = tuple(part for part in parts if part not in absent)
         if unknown := set(absent) - {"caption", "vqa", "edit", "region", "tgit"}: raise ValueError(f"a scene has no part {min(unknown)!r}; its parts are caption, vqa, edit, region, tgit")
         if not self.parts: raise ValueError(f"without {without} nothing is left of a scene; leave out fewer parts")
-        self._scene = functools.lru_cache(maxsize=2)(self._groups_of)
-
-    def _groups_of(self, index): # of scene `index`: {part: list of groups}
-        rng = random.Random(f"{self.seed}/{self.split}/{index}/pairs")
-        groups = scene_pairs(scene_at(index, self.seed, self.split), rng, self.split, self.size)
-        image = groups["caption"][0][0].left.image
-        return groups | {"tgit": [transform_pairs(image, draw_kind(rng), rng) for _ in range(self.parts.count("tgit"))]}
 
     def __len__(self): return self.scenes * len(self.parts)
 
@@ -64,7 +65,7 @@ class ShapesSource:
         if not 0 <= index < len(self): raise IndexError(f"item {index} of a source of {len(self)}")
         scene, at = divmod(index, len(self.parts))
         part = self.parts[at]
-        groups = self._scene(scene)[part]
+        groups = _scene_groups(scene, self.seed, self.split, self.size, self.parts.count("tgit"))[part]
         nth = self.parts[:at].count(part)
         return groups[nth] if nth < len(groups) else []
 

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRANSFORM', 'CAPTION_SETS', 'image_tokenizer_digest', 'text_tokenizer_digest', 'PartWriter', 'write_part',
-           'read_note', 'cache_plan', 'parts_of', 'Sizes', 'wanted_items', 'read_items', 'tokenize_source',
-           'finish_cache', 'cache_cost', 'cost_table', 'Part', 'open_cache', 'saved_text', 'ahead_of_time', 'View',
-           'CachedPairs']
+           'read_note', 'cache_plan', 'parts_of', 'wanted_items', 'read_items', 'tokenize_source', 'finish_cache',
+           'cache_cost', 'cost_table', 'Part', 'open_cache', 'saved_text', 'ahead_of_time', 'View', 'CachedPairs']
 
 # %% ../nbs/14_token_cache.ipynb #549b13e5
 import contextlib, dataclasses, hashlib, json, queue, tempfile, threading, time
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .batches import BadItems, SourcePairs, Unreadable, read_batches, to_size
+from .batches import BadItems, Sizes, SourcePairs, Unreadable, read_batches, to_size
 from .core import atomic_path, load_image, progress, write_json
 from .text import TEXT_TOKENIZERS
 from .vocab import ItemTokenizer
@@ -144,10 +143,6 @@ def cache_plan(
 def parts_of(plan): return [(view, part) for view in range(plan["views"]) for part in range(-(-plan["items"] // plan["block"]))]
 
 # %% ../nbs/14_token_cache.ipynb #39f82551
-@dataclass
-class Sizes: image_size: int  # what `SourcePairs` asks of a model that only reads
-
-
 def wanted_items(source): # (items,), bool: those that a group holds; a mixture may leave some out
     wanted = np.zeros(len(source), bool)
     for group in source.groups: wanted[group] = True

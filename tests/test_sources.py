@@ -185,6 +185,7 @@ def test_shapes_are_a_function_of_the_seed():
     n = len(reference)
     assert reference == content(ShapesSource(6, seed=3), order=[*range(0, n, 5), *range(n - 1, -1, -1)])  # whatever the order of reading
     assert reference == {i: value for i, value in content(ShapesSource(9, seed=3)).items() if i < n}  # whatever the length
+    assert reference == content(pickle.loads(pickle.dumps(ShapesSource(6, seed=3))))  # in a process that is started anew, as on a Mac
     assert reference != content(ShapesSource(6, seed=4)) and reference != content(ShapesSource(6, seed=3, split="test"))
 
 

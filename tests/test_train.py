@@ -1,6 +1,7 @@
 "The loop: resume, checkpoints, accumulation, shards, a full disk; pairs that are read when needed; the paper's presets."
 import functools
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import fuselip_edu.batches
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
 from fuselip_edu.sources import ShapesSource, source_groups
 from fuselip_edu.batches import SourcePairs, grouped_batches, tokenize_pairs
@@ -256,6 +258,18 @@ def test_background_readers_change_nothing():
         fresh = SourcePairs(ShapesSource(12), small_model(), workers=workers)
         found.append([inputs["ids"].tolist() for inputs in fresh.batches([[batch] for batch in grouped_batches(fresh.groups, 8)])])
     assert found[0] == found[1]
+
+
+def test_readers_that_are_started_anew_get_no_model(monkeypatch):
+    "As on a Mac, where what a process needs is sent to it."
+    fresh, sent = SourcePairs(ShapesSource(12), small_model()), []
+    batches = [[batch] for batch in grouped_batches(fresh.groups, 8)]
+    expected, plain = [inputs["ids"].tolist() for inputs in fresh.batches(batches)], fuselip_edu.batches.read_batches
+    def sending(reader, *rest):
+        sent.append(pickle.dumps(reader))
+        return plain(pickle.loads(sent[0]), *rest)
+    monkeypatch.setattr(fuselip_edu.batches, "read_batches", sending)
+    assert [inputs["ids"].tolist() for inputs in fresh.batches(batches)] == expected and len(sent[0]) < 5000
 
 
 def test_resuming_a_run_that_reads_as_it_goes_is_exact(tmp_path):
