@@ -85,8 +85,10 @@ def main(words=None):
         learned.save_pretrained(out / "tokenizer")
     starved, whole, shown = TiTok.from_pretrained(out / "tokenizer"), TiTok.from_pretrained(TINY_TOKENIZER), pictures(scene_at(index, 0, "test") for index in range(ASKED))
     comparison = Comparison(models=",".join(KINDS), seeds=1, steps=asked.steps, queries=asked.queries, tokenizer=str(out / "tokenizer"), run=str(out / "run"))
-    said = "python examples/starved.py" + (f" {' '.join(words)}" if words else "")
+    changed = {name: value for name, value in vars(asked).items() if name != "out" and value != parser.get_default(name)}
+    said = " ".join(["python examples/starved.py", *(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())])
     found = summary(reproduce(comparison), said)
+    for unused in ("spaces", "fusion"): del found[unused]
     found["codes"], found["tokenizers"] = CODES, {"whole": tokenizer_report(whole, shown), "starved": tokenizer_report(starved, shown)}
     for kind in KINDS:
         found["models"][kind]["tokenizer"] = tokenizer_report(load_model(out / "run" / kind / "seed-0").image_tokenizer, shown)

@@ -344,15 +344,17 @@ class ImageStore:
 # %% ../nbs/18_baselines.ipynb #45b77aee
 def pixel_pairs(
     groups, # iterable of groups, each a list of `Pair`
-    model:LateFusion
+    model, # with `image_size` and `vocab`
+    sequences=None # list of `Item` to their sequences; None takes the texts alone, as a `LateFusion` reads them
 ) -> PixelPairs:
     "Read every pair; an image that is many times in the data is kept once."
+    sequences = sequences or (lambda items: text_sequences(items, model.text_tokenizer, model.vocab))
     store, count, indices, rows, texts = ImageStore(model.image_size), 0, [], ([], []), ([], [])
     for group in progress(groups, "reading"):
         indices.append(list(range(count, count := count + len(group))))
         for side, items in enumerate(([pair.left for pair in group], [pair.right for pair in group])):
             rows[side].extend(store.row(item.image) for item in items)
-            texts[side].extend(text_sequences(items, model.text_tokenizer, model.vocab))
+            texts[side].extend(sequences(items))
     images = torch.stack(store.images) if store.images else torch.zeros(0, 3, model.image_size, model.image_size, dtype=torch.uint8)
     return PixelPairs(images, torch.tensor(rows[0] + rows[1]), Sequences(texts[0] + texts[1]), indices, model.vocab.pad)
 

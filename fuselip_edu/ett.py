@@ -16,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .baselines import BASELINE_PRESETS, BaselineConfig, ImageStore, build_baseline
-from .batches import Sequences, open_data, tokenize_pairs
-from .core import progress, seed_everything
+from .baselines import BASELINE_PRESETS, BaselineConfig, PixelPairs, build_baseline, pixel_pairs
+from .batches import open_data, tokenize_pairs
+from .core import seed_everything
 from .filip import FILIP_PRESETS, FILIPRun, build_filip
 from .fuselip import FuseLIP, FuseLIPConfig
+from .pairs import Pair
 from .quantize import perplexity
-from .titok import TiTok, TokenizerTrainConfig, paint, train_tokenizer
+from .titok import TiTok, TokenizerTrainConfig, paint, train_tokenizer, whole_products
 from .train import PRESETS, Config, build, open_pairs, text_tokenizer_for, tokenizer_place
 from .transformer import Transformer, init_transformer
-from .vocab import Vocab, pad_sequences
+from .vocab import Vocab
 
 # %% ../nbs/20_ett.ipynb #96984015
 class CodeTable(nn.Module):
@@ -120,14 +121,17 @@ class ETT(FuseLIP):
     ): # vectors (b, n, width), indices (b, n), the tokenizer's weighted loss or None
         "Tokenize with the tokenizer as it is now; each picture once, and its loss as often as it is shown."
         tokenizer, joint, pixels = self.image_tokenizer, self.stage == "joint" and torch.is_grad_enabled(), pixels.float() / 255
-        with torch.set_grad_enabled(joint): quantized, indices, pull = tokenizer.quantize(tokenizer.latents(pixels)[row])
+        with whole_products(pixels.device), torch.set_grad_enabled(joint):  # the codes that `encode` will give
+            quantized, indices, pull = tokenizer.quantize(tokenizer.latents(pixels)[row])
         vectors = self.token_embedding.projector(both_ways(tokenizer.quantize.decode(indices), quantized))
         if not joint: return vectors, indices, None
         error = reconstruction_errors(tokenizer, quantized[first_places(row, len(pixels))], pixels)[row].mean()
         return vectors, indices, self.config.alpha * share * (error + pull)
 
     def collate(self, items) -> dict: # list of `Item` -> the arguments of `forward`; pixels for a tokenizer that learns
-        return PictureSequences.of(items, self).inputs(range(len(items) // 2)) if self.config.tuned and self.training else super().collate(items)
+        if not (self.config.tuned and self.training): return super().collate(items)
+        pairs = [Pair(*sides) for sides in zip(items[:len(items) // 2], items[len(items) // 2:])]
+        return picture_sequences([pairs], self).inputs(range(len(pairs)))
 
 # %% ../nbs/20_ett.ipynb #e1eeaf0a
 def _forward(self,
@@ -158,54 +162,20 @@ def _forward(self,
 ETT.forward = _forward
 
 # %% ../nbs/20_ett.ipynb #6628e033
-@dataclass
-class PictureSequences:
-    "Pairs as ids with places for codes, and the pictures that fill them; row i is the left side of pair i, row n + i its right."
-    images: torch.Tensor  # (n_images, 3, s, s), uint8, all distinct
-    rows: torch.Tensor  # (2n,), which of `images` an item shows; -1 where it has none
-    sequences: Sequences  # 2n
-    groups: list  # of lists of pair indices
+class PictureSequences(PixelPairs):
+    "Pairs as pixels and as ids with places for codes."
+    def inputs(self, indices): # of b pairs -> the arguments of `forward`, 2b rows: b left sides, then b right sides
+        found, at = super().inputs(indices), torch.as_tensor(indices)
+        del found["has_image"]
+        return found | {"image": self.rows[torch.cat([at, at + len(self)])]}
 
-    def __len__(self): return len(self.rows) // 2
 
-    @classmethod
-    def of(cls, items, model, groups=()): # n left sides, then n right sides
-        store, encode = ImageStore(model.image_size), model.item_tokenizer.text_tokenizer.encode
-        rows = torch.tensor([store.row(item.image) for item in items])
-        places = (0,) * model.image_tokenizer.config.n_latents
-        sequences = [model.vocab.sequence(places if item.image is not None else (), encode(item.text) if item.text else ()) for item in items]
-        images = torch.stack(store.images) if store.images else torch.zeros(0, 3, model.image_size, model.image_size, dtype=torch.uint8)
-        return cls(images, rows, Sequences(sequences), list(groups))
-
-    def inputs(self,
-        indices # of b pairs
-    ) -> dict: # the arguments of `forward`, 2b rows: b left sides, then b right sides
-        "What an `ETT` model's `forward` takes."
-        at = torch.as_tensor(list(indices))
-        at = torch.cat([at, at + len(self)])
-        rows, (ids, lengths) = self.rows[at], self.sequences.pad(at)
-        pixels = torch.zeros(len(at), *self.images.shape[1:], dtype=torch.uint8)
-        pixels[rows >= 0] = self.images[rows[rows >= 0]]
-        return {"ids": ids, "lengths": lengths, "pixels": pixels, "image": rows}
-
-    def batches(self,
-        batches # list of batches; a batch is a list of shards, a shard a list of indices
-    ): # yields `inputs`, one a batch
-        "The inputs of every batch."
-        return (self.inputs([i for shard in batch for i in shard]) for batch in batches)
-
-# %% ../nbs/20_ett.ipynb #ecec05c0
 def picture_sequences(
     groups, # iterable of groups, each a list of `Pair`
     model:ETT
 ) -> PictureSequences:
     "Read every pair; a picture that is many times in the data is kept once."
-    left, right, indices = [], [], []
-    for group in progress(groups, "reading"):
-        indices.append(list(range(len(left), len(left) + len(group))))
-        left += [pair.left for pair in group]
-        right += [pair.right for pair in group]
-    return PictureSequences.of(left + right, model, indices)
+    return PictureSequences(**vars(pixel_pairs(groups, model, model.places)))
 
 # %% ../nbs/20_ett.ipynb #f101a803
 @dataclass

@@ -201,12 +201,10 @@ class FILIP(TokenizedItems, FILIPEncoder, ItemEncoder):
 
     def collate(self, items) -> dict: # list of `Item` -> the arguments of `forward`
         if not self.config.patch_size: return super().collate(items)
-        stand_ins, encode = (0,) * self.image_config.n_latents, self.item_tokenizer.text_tokenizer.encode  # codes that only say that there is a picture
-        sequences = [self.vocab.sequence(() if item.image is None else stand_ins, encode(item.text) if item.text else ()) for item in items]
         pixels = torch.zeros(len(items), 3, self.image_size, self.image_size, dtype=torch.uint8)
         for row, item in zip(pixels, items):
             if item.image is not None: row.copy_(load_image(item.image, self.image_size))
-        return dict(zip(("ids", "lengths"), pad_sequences(sequences))) | {"pixels": pixels}
+        return dict(zip(("ids", "lengths"), pad_sequences(self.places(items)))) | {"pixels": pixels}
 
     @torch.no_grad()
     def embed_items(self, items, batch_size:int=256): # list of `Item` -> list of (tokens, features), on the CPU

@@ -49,7 +49,7 @@ class MaskPredictionHead(nn.Module):
         token_table:torch.Tensor # (n_vocab, width), the input's own table (tied)
     ) -> torch.Tensor: # (m, n_vocab)
         n = len(token_table)
-        extra = -n % 64 if hidden.is_cuda else 0  # a GPU multiplies five times as fast where the sizes are even; nobody sees the rows of zeros
+        extra = -n % 64 if hidden.is_cuda else 0  # a GPU's matrix units want even sizes; nobody sees the rows of zeros
         table, bias = (F.pad(token_table, (0, 0, 0, extra)), F.pad(self.bias, (0, extra))) if extra else (token_table, self.bias)
         return F.linear(self.layer_norm(F.gelu(self.dense(hidden))), table, bias)[:, :n]
 
@@ -197,6 +197,10 @@ class TokenizedItems:
     def collate(self, items) -> dict: # list of `Item` -> {"ids": (n, L) int64, "lengths": (n,)}, what `forward` takes
         return dict(zip(("ids", "lengths"), pad_sequences(self.item_tokenizer(items))))
 
+    def places(self, items) -> list: # list of `Item` -> their sequences with code 0 for every code, for models that look at the pictures themselves
+        codes, encode = (0,) * self.image_tokenizer.config.n_latents, self.item_tokenizer.text_tokenizer.encode
+        return [self.vocab.sequence(codes if item.image is not None else (), encode(item.text) if item.text else ()) for item in items]
+
 
 class FuseLIP(TokenizedItems, SequenceEncoder, ItemEncoder):
     "Images, texts, or both together in, unit vectors out; the image tokenizer is frozen."
@@ -220,9 +224,10 @@ class FuseLIP(TokenizedItems, SequenceEncoder, ItemEncoder):
 def _save_pretrained(self, folder:str|Path):
     "Write config.json, model.safetensors, the text tokenizer and a card; each file appears whole or not at all."
     folder, text_tokenizer = Path(folder), self.item_tokenizer.text_tokenizer
+    kind = next(base.__name__ for base in type(self).__mro__ if base.__name__ in MODEL_NAMES) # FSDP2 puts a class of its own in front
     save_weights(self, folder / "model.safetensors")
     text_tokenizer.save(folder)
-    write_json(folder / "config.json", {"model": MODEL_NAMES[type(self).__name__], "encoder": dataclasses.asdict(self.config),
+    write_json(folder / "config.json", {"model": MODEL_NAMES[kind], "encoder": dataclasses.asdict(self.config),
                                         "image_tokenizer": dataclasses.asdict(self.image_tokenizer.config), "text_tokenizer": text_tokenizer.name})
     with atomic_path(folder / "README.md") as path: path.write_text(model_card(self, folder.name), encoding="utf-8")
 

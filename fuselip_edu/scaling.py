@@ -232,11 +232,12 @@ def ladder_table(
 ) -> str: # Markdown
     "A row a rung: its speed, against the plain way and against the limit."
     plain = found["rungs"][0]["pairs_per_second"]
-    lines = ["| | pairs/s | × plain | tokens/s | of the matrix-product limit | waiting for data | peak memory |", "|---|---|---|---|---|---|---|"]
+    split = any(rung.get("parts", 1) > 1 for rung in found["rungs"])  # batches, on a GPU
+    lines = [f"| |{' parts |' * split} pairs/s | × plain | tokens/s | of the matrix-product limit | waiting for data | peak memory |", "|---" * (7 + split) + "|"]
     for rung in found["rungs"]:
         memory = f"{rung['memory'] / 2**30:.2f} GiB" if rung["memory"] else ""
-        parts = f" ({rung['parts']})" if rung["name"].endswith("as few parts as fit") else ""
-        lines.append(f"| {rung['name']}{parts} | {rung['pairs_per_second']:,.1f} | {rung['pairs_per_second'] / plain:.2f} | {rung['tokens_per_second']:,.0f} | {rung['utilisation']:.0%} | {rung['data_wait']:.1%} | {memory} |")
+        parts = f" {rung['parts']} |" if split else ""
+        lines.append(f"| {rung['name']} |{parts} {rung['pairs_per_second']:,.1f} | {rung['pairs_per_second'] / plain:.2f} | {rung['tokens_per_second']:,.0f} | {rung['utilisation']:.0%} | {rung['data_wait']:.1%} | {memory} |")
     return "\n".join(lines)
 
 

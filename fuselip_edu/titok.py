@@ -134,11 +134,11 @@ def place_latents(
 
 # %% ../nbs/05_titok.ipynb #8552b9ec
 @contextlib.contextmanager
-def whole_products(): # no TF32, in which a GPU convolves unless told not to, and which turns an image's code into its neighbour now and then
+def whole_products(device): # in fp32: neither autocast nor TF32, in which a GPU convolves unless told not to; both turn an image's code into its neighbour now and then
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, False
     try:
-        with torch.backends.cudnn.flags(allow_tf32=False): yield
+        with torch.backends.cudnn.flags(allow_tf32=False), torch.autocast(device.type, enabled=False): yield
     finally: matmul.allow_tf32 = before
 
 
@@ -163,7 +163,7 @@ class TiTok(nn.Module):
     @torch.no_grad()
     def encode(self, pixels): # (b, 3, s, s), uint8 or float in [0, 1] -> (b, n_latents), int64
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        with whole_products(): return self.quantize(self.latents(pixels))[1]
+        with whole_products(pixels.device): return self.quantize(self.latents(pixels))[1]
 
     @torch.no_grad()
     def decode(self, indices): # (b, n_latents) -> (b, 3, s, s), float in [0, 1]; `RuntimeError` if the tokenizer came without decoder

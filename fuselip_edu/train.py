@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'TrainConfig', 'learning_rate', 'parameter_groups', 'orthogonalised',
            'Muon', 'make_optimizer', 'Batch', 'twins', 'make_batch', 'contrastive_loss', 'lowered', 'forward',
-           'compiled_masked_loss', 'masked_losses', 'loss_values', 'backward', 'trained_parameters', 'save_checkpoint',
-           'checked_step', 'load_checkpoint', 'RunLog', 'deferred_interrupt', 'update', 'epoch_batches',
-           'steps_an_epoch', 'batches_from', 'prepare_device', 'check_world', 'train', 'scheduled', 'scalars', 'finish',
-           'Config', 'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs',
-           'build', 'open_run', 'differences']
+           'compiled_masked_loss', 'masked_losses', 'total', 'loss_values', 'backward', 'trained_parameters',
+           'save_checkpoint', 'checked_step', 'load_checkpoint', 'RunLog', 'deferred_interrupt', 'update',
+           'epoch_batches', 'steps_an_epoch', 'batches_from', 'prepare_device', 'check_world', 'train', 'scheduled',
+           'scalars', 'finish', 'Config', 'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place',
+           'build_cached', 'open_pairs', 'build', 'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
 import contextlib, copy, dataclasses, functools, hashlib, itertools, json, math, signal, sys, threading, time
@@ -225,9 +225,13 @@ def masked_losses(model, encoded, b, config, counts=None): # mean cross-entropy 
     return total
 
 # %% ../nbs/16_train.ipynb #7e57ea23
-def loss_values(contrastive, masked, own, config): # tensors -> floats, with their total; `own` is None where the model has no loss of its own
-    values = {"contrastive": float(contrastive.detach()), "masked": float(masked.detach())} | ({} if own is None else {"own": float(own.detach())})
-    return {"loss": values["contrastive"] + config.mask_weight * values["masked"] + values.get("own", 0.0), **values}
+def total(config, contrastive, masked, own=None): # `own` is None where the model has no loss of its own
+    return contrastive + config.mask_weight * masked + (0.0 if own is None else own)
+
+
+def loss_values(config, **losses): # tensors or None -> floats, with their total
+    values = {name: float(loss.detach()) for name, loss in losses.items() if loss is not None}
+    return {"loss": total(config, **values), **values}
 
 
 def backward(
@@ -241,8 +245,8 @@ def backward(
         embeddings, encoded = forward(model, batch.inputs, config)
         contrastive, masked = contrastive_loss(model, embeddings, batch, config, world), masked_losses(model, encoded, len(batch), config)
         own = getattr(encoded, "own_loss", None)
-        (contrastive + config.mask_weight * masked + (0.0 if own is None else own)).backward()
-        return loss_values(contrastive, masked, own, config)
+        total(config, contrastive, masked, own).backward()
+        return loss_values(config, contrastive=contrastive, masked=masked, own=own)
     parts = [batch.part(i, config.accumulation) for i in range(config.accumulation)]
     with torch.no_grad(): ready = [forward(model, part.inputs, config) for part in parts[:-1]]
     ready.append(forward(model, parts[-1].inputs, config))  # whose way back is kept
@@ -258,10 +262,10 @@ def backward(
         if not embedded.requires_grad: embedded, encoded = forward(model, part.inputs, config)
         loss, its_own = masked_losses(model, encoded, len(part), config, counts), getattr(encoded, "own_loss", None)
         its_own = None if its_own is None else its_own * len(part) / len(batch)
-        ((embedded * gradient).sum() + config.mask_weight * loss + (0.0 if its_own is None else its_own)).backward()
+        total(config, (embedded * gradient).sum(), loss, its_own).backward()
         masked += loss.detach()
         if its_own is not None: own = its_own.detach() + (0.0 if own is None else own)
-    return loss_values(contrastive, masked, own, config)
+    return loss_values(config, contrastive=contrastive, masked=masked, own=own)
 
 # %% ../nbs/16_train.ipynb #e8beaeba
 def trained_parameters(model, optimizer): # {name: parameter} of all that the optimiser holds, whether or not it learns at the moment
@@ -434,7 +438,6 @@ def batches_from(first, pairs, config, world): # yields (step, indices, inputs) 
 def prepare_device(model, config, world): # the model where it is trained, with products and compilation as `config` says
     model.to(world.device if world.size > 1 else pick_device(config.device)).train()
     on_gpu = model.device.type == "cuda"
-    if config.compiled and not on_gpu: raise ValueError(f"train.compiled is for cuda, and the device is {model.device}; leave it out")
     if on_gpu: torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     if config.compiled and not hasattr(model, "transformer"): raise ValueError(f"train.compiled is for FuseLIP, not for {type(model).__name__}; leave it out")
     if config.compiled:
@@ -445,7 +448,9 @@ def check_world(
     config:TrainConfig,
     world:World
 ):
-    "`ValueError` if these processes cannot train with this configuration."
+    "`ValueError` if these processes, or this device, cannot train with this configuration."
+    device = world.device if world.size > 1 else pick_device(config.device)
+    if config.compiled and device.type != "cuda": raise ValueError(f"train.compiled is for cuda, and the device is {device}; leave it out")
     if config.shards % world.size: raise ValueError(f"train.shards {config.shards} cannot be shared out to {world.size} processes; give --train.shards {world.size}")
     if config.batch_size // world.size % config.accumulation:
         raise ValueError(f"train.accumulation {config.accumulation} does not divide the {config.batch_size // world.size} pairs of each process; give --train.accumulation 1 or a divisor of that")

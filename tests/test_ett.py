@@ -82,6 +82,23 @@ def test_pictures_give_what_their_codes_give(pairs, coded, packed):
     assert torch.equal(ours.targets, theirs.targets) and ours.own_loss is None and (ours.targets >= model.vocab.first_code).any()
 
 
+def test_codes_are_those_of_fp32_in_half_precision_too():
+    model, pixels = in_stage(fresh(projector_share=0.1, joint_share=0.7), "joint"), torch.stack([render(scene_at(index)) for index in range(200)])
+    tokenizer, codes = model.image_tokenizer, model.image_tokenizer.encode(pixels)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert not torch.equal(tokenizer.quantize(tokenizer.latents(pixels.float() / 255))[1], codes)  # what would happen otherwise
+        assert torch.equal(tokenizer.encode(pixels), codes) and torch.equal(model.look(pixels, torch.arange(200))[1], codes)
+
+
+def test_pairs_that_are_read_as_training_goes_are_those_that_were_kept(pairs):
+    model, groups = fresh().train(), list(source_groups(open_data("shapes", scenes=8, seed=0, size=32)))[:4]
+    flat = [pair for group in groups for pair in group]
+    live, kept = model.collate([pair.left for pair in flat] + [pair.right for pair in flat]), e.picture_sequences(groups, model).inputs(range(len(flat)))
+    for name in ("ids", "lengths", "pixels"): assert torch.equal(live[name], kept[name]), name
+    assert torch.equal(live["image"][:, None] == live["image"], kept["image"][:, None] == kept["image"])
+    assert "pixels" not in model.eval().collate([pair.left for pair in flat]) and "pixels" not in fresh(tuned=False).train().collate([pair.left for pair in flat])
+
+
 def test_each_picture_is_looked_at_once(pairs, monkeypatch):
     model, seen = in_stage(fresh(projector_share=0.1, joint_share=0.7), "joint"), []
     latents = model.image_tokenizer.latents

@@ -154,6 +154,7 @@ def test_ranks_that_keep_pieces_train_what_ranks_with_copies_do(place):
     for ours, one in zip(pieces, copies, strict=True): assert ours["loss"] == pytest.approx(one["loss"], rel=1e-5) and ours["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
     assert again == pieces and written(place / "again") == written(place / "pieces")
     assert apart(*(load_file(place / name / "model" / "model.safetensors") for name in ("pieces", "copies"))) < 5e-3
+    assert type(FuseLIP.from_pretrained(place / "pieces" / "model")) is FuseLIP
     with pytest.raises(ValueError, match="train.sharded goes with --train.optimizer adamw"): settings(sharded=True, optimizer="muon")
 
 
