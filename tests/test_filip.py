@@ -49,8 +49,8 @@ def by_loops(left, right): # item, item, token, token
 @pytest.mark.parametrize("chunk", [0, 1, 3, 100])
 def test_similarity_is_that_of_the_loops(chunk):
     left, right = tokens(LEFT), tokens(RIGHT, seed=1)
-    torch.testing.assert_close(f.token_similarity(left, right, chunk), by_loops(left, right), atol=1e-12, rtol=0)
-    assert (f.token_similarity(left, right) - f.token_similarity(right, left).T).abs().max() > 0.05  # each side has its own view
+    torch.testing.assert_close(f.token_similarity(left, right, chunk), torch.stack([by_loops(left, right), by_loops(right, left).T]), atol=1e-12, rtol=0)
+    assert (f.token_similarity(left, right)[0] - f.token_similarity(left, right)[1]).abs().max() > 0.05  # each side has its own view
 
 
 def test_padding_changes_nothing():
@@ -58,7 +58,7 @@ def test_padding_changes_nothing():
     wide = F.pad(left, (0, 0, 0, 4)), F.pad(right, (0, 0, 0, 7))
     torch.testing.assert_close(f.token_similarity(*wide), f.token_similarity(left, right))
     negative = -right.abs(), left.abs()  # all products are below zero, the padding's is not
-    torch.testing.assert_close(f.token_similarity(*negative), by_loops(*negative))
+    torch.testing.assert_close(f.token_similarity(*negative)[0], by_loops(*negative))
     with pytest.raises(ValueError, match="without a single token"): f.token_similarity(left, torch.zeros(2, 3, 6, dtype=torch.float64))
 
 
@@ -80,7 +80,7 @@ def test_twins_are_no_negatives():
     left, right, scale = tokens(LEFT), tokens(RIGHT, seed=1), 7.0
     same = torch.zeros(4, 4, dtype=torch.bool)
     same[0, 2] = True
-    views = f.token_similarity(left, right), f.token_similarity(right, left).T
+    views = f.token_similarity(left, right)
     written = 0.0
     for view, dim in zip(views, (1, 0)): written += sum(-(scale * view.masked_fill(same, -torch.inf)).log_softmax(dim)[i, i] for i in range(4)) / 8
     assert float(f.filip_loss(left, right, scale, same)) == pytest.approx(float(written))
@@ -113,12 +113,12 @@ def on_rank(rank, world, port, folder):
         share = slice(6 // world * rank, 6 // world * (rank + 1))
         mine = [side[share][:, :int((side[share] != 0).any(-1).sum(1).max())] for side in (left, right)]  # ranks differ in their longest item
         found = {}
-        for fraction in (1.0, 0.5):
-            left.grad = right.grad = None
-            loss = f.sharded_filip_loss(*mine, torch.tensor(7.0, dtype=torch.float64), here, fraction)
-            loss.backward(retain_graph=True)
-            found[f"loss {fraction}"] = loss.detach()
-            for name, side in (("left", left), ("right", right)): found[f"{name} {fraction}"] = side.grad.clone()
+        for bias in (None, -3.0):
+            for fraction in (1.0, 0.5):
+                left.grad = right.grad = None
+                loss = f.sharded_filip_loss(*mine, torch.tensor(7.0, dtype=torch.float64), here, fraction, bias=bias)
+                loss.backward(retain_graph=True)
+                for name, value in (("loss", loss.detach()), ("left", left.grad), ("right", right.grad)): found[f"{name} {bias} {fraction}"] = value.clone()
         torch.save(found, folder / f"{rank}.pt")
 
 
@@ -132,13 +132,14 @@ def test_ranks_together_have_the_loss_of_one_process(world, tmp_path):
     for process in processes: process.join(100)
     assert [process.exitcode for process in processes] == [0] * world
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    left, right = tokens((3, 1, 5, 2, 4, 2)).requires_grad_(), tokens((2, 4, 1, 3, 1, 1), seed=1).requires_grad_()
-    whole = f.filip_loss(left, right, torch.tensor(7.0, dtype=torch.float64))
-    whole.backward()
-    assert float(sum(rank["loss 1.0"] for rank in found)) / world == pytest.approx(float(whole), abs=1e-12)
-    for name, side in (("left", left), ("right", right)):
-        torch.testing.assert_close(sum(rank[f"{name} 1.0"] for rank in found) / world, side.grad, atol=1e-12, rtol=0)
-    assert all(abs(float(rank["loss 0.5"] - rank["loss 1.0"])) > 1e-6 and rank["left 0.5"].isfinite().all() for rank in found)
+    for bias in (None, -3.0):
+        left, right = tokens((3, 1, 5, 2, 4, 2)).requires_grad_(), tokens((2, 4, 1, 3, 1, 1), seed=1).requires_grad_()
+        whole = f.filip_loss(left, right, torch.tensor(7.0, dtype=torch.float64), bias=bias)
+        whole.backward()
+        of = lambda name, fraction: [rank[f"{name} {bias} {fraction}"] for rank in found]
+        assert float(sum(of("loss", 1.0))) / world == pytest.approx(float(whole), abs=1e-12)
+        for name, side in (("left", left), ("right", right)): torch.testing.assert_close(sum(of(name, 1.0)) / world, side.grad, atol=1e-12, rtol=0)
+        assert all(abs(float(some - all_)) > 1e-6 for some, all_ in zip(of("loss", 0.5), of("loss", 1.0))) and all(gradient.isfinite().all() for gradient in of("left", 0.5))
 
 
 # ---- the model
