@@ -36,6 +36,8 @@ results: $(ready)
 	cp runs/results/demo/results.json data/results/demo.json
 	$(bin)/fuselip-edu reproduce --preset tiny --seeds 3 --run runs/results/reproduce
 	cp runs/results/reproduce/results.json data/results/reproduce.json
+	$(bin)/fuselip-edu reproduce --preset tiny --models fuselip,filip,ett,sf,mlf --seeds 1 --run runs/results/neighbours
+	cp runs/results/neighbours/results.json data/results/neighbours.json
 	$(bin)/fuselip-edu reproduce --preset tiny --ablations --run runs/results/ablations
 	cp runs/results/ablations/results.json data/results/ablations.json
 	$(bin)/fuselip-edu benchmark --preset fuselip-s --device cpu --steps 3 --json data/results/scaling.json

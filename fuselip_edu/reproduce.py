@@ -350,10 +350,10 @@ def reproduction_table(
     results:dict, # from `reproduce`
     published=("fuselip-s-cc3m", "siglip-s-sf-cc3m", "siglip-s-mlf-cc3m") # rows of the paper, below
 ) -> str: # Markdown
-    "Accuracy in the paper's column order, mean and standard deviation over seeds, and the paper's own numbers."
+    "Accuracy in the paper's column order, mean and standard deviation over seeds, if there are several, and the paper's own numbers."
     columns, models = _columns(results), results["models"]
     lines = [f"| % | parameters | MFLOPs a pair | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
-    cell = lambda row: f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}"
+    cell = lambda row: f"{100 * row['mean']:.1f}" + f" ± {100 * row['std']:.1f}" * (len(row["seeds"]) > 1)
     for model, found in models.items():
         lines.append(f"| {TITLES.get(model, model)} | {found['parameters']:,.0f} | {found['flops_per_pair'] / 1e6:.0f} | {' | '.join(cell(found['tasks'][task]) for task in columns.values())} |")
     chances = [next(iter(models.values()))["tasks"][task]["chance"] for task in columns.values()]
