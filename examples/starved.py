@@ -1,31 +1,37 @@
 """A starved tokenizer: sixteen codes in place of 256. Does it help to tune it with the task (ETT, chapter 20)?
 
-Three models on the shapes of chapter 2, alike but for how they read a picture, with equal pairs:
+Models on the shapes of chapter 2, alike but for how they read a picture, with equal pairs:
   fuselip         the codes' numbers, looked up in a table; the tokenizer is frozen
   vectors         the codes' vectors, projected; the tokenizer is frozen
-  ett             the same, and the tokenizer learns during the first 40 % of the steps
-They are asked the nine tasks, and the same three are trained to write captions. Of every tokenizer: the error of the pictures that it rebuilds, and the codes that it uses.
+  ett, ett-10     the same, and the tokenizer learns during the first 40 % of the steps; its own loss has the paper's weight, alpha = 0.25, or forty times that
+They are asked the nine tasks, and the same are trained to write captions. Of every tokenizer: the error of the pictures that it rebuilds, and the codes that it uses.
 """
 import argparse
+import concurrent.futures
 import copy
 import functools
 import json
+import multiprocessing
 from pathlib import Path
 
 import torch
 
 from common import summary
 from fuselip_edu.baselines import load_model
-from fuselip_edu.core import seed_everything, write_json
-from fuselip_edu.ett import ETT, CaptionHead, ETTConfig, picture_vectors, starve, tokenizer_report
+from fuselip_edu.core import provenance, seed_everything, write_json
+from fuselip_edu.ett import ALL_PRESETS, ETT, CaptionHead, ETTConfig, picture_vectors, starve, tokenizer_report
+from fuselip_edu.evaluate import shapes_tasks
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
-from fuselip_edu.reproduce import Comparison, claims_table, reproduce, reproduction_table
+from fuselip_edu.reproduce import changed, claims_table, reproduction_table, run_trials, summarise_trials
 from fuselip_edu.shapes import listed, render, scene_at
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok, TokenizerTrainConfig
+from fuselip_edu.train import preset
 from fuselip_edu.vocab import pad_sequences
 
-KINDS, CODES, BATCH = ("fuselip", "vectors", "ett"), 16, 24
+ALPHAS = {"ett": 0.25, "ett-10": 10.0}  # {row: weight of the tokenizer's own loss}
+PRESET = {"fuselip": "tiny", "vectors": "tiny-vectors"} | dict.fromkeys(ALPHAS, "tiny-ett")
+CODES, BATCH = 16, 24
 TRAINED, ASKED = 4000, 500  # scenes with captions
 
 
@@ -41,17 +47,18 @@ def pictures(scenes): return torch.stack([render(one) for one in scenes])
 def sentences(model, text, scenes): return pad_sequences([model.vocab.sequence((), text.encode(caption(one))) for one in scenes])
 
 
-def write_captions(kind, tokenizer, steps, seed=0): # -> how well a model of this kind, with a head of its own, says what is in pictures
+def write_captions(kind, tokenizer, steps, seed=0): # -> how well a model of this row, with a head of its own, says what is in pictures
+    torch.set_num_threads(1)
     seed_everything(seed)
     scenes, asked = [scene(index) for index in range(TRAINED)], [scene(index, "test") for index in range(ASKED)]
     seen, shown, text = pictures(scenes), pictures(asked), BPE.train([caption(one) for one in scenes], 320)
-    model = FuseLIP(FuseLIPConfig(layers=1), tokenizer, text) if kind == "fuselip" else ETT(ETTConfig(layers=1, tuned=kind == "ett"), tokenizer, text)
+    model = FuseLIP(FuseLIPConfig(layers=1), tokenizer, text) if kind == "fuselip" else ETT(ETTConfig(layers=1, tuned=kind in ALPHAS, alpha=ALPHAS.get(kind, 0.25)), tokenizer, text)
     before, head = tokenizer_report(tokenizer, shown), CaptionHead(model.config.width, model.vocab, tokenizer.config.n_latents)
     reading = [p for name, p in model.named_parameters() if name.startswith("token_embedding.")]
     optimizer = torch.optim.AdamW([{"params": [*head.parameters(), *reading]}, {"params": list(tokenizer.parameters()), "rate": 0.1}], lr=2e-3, weight_decay=0.0)
     schedule, generator = functools.partial(rate_at, steps=steps), torch.Generator().manual_seed(seed)
     for step in range(steps):
-        if kind == "ett": model.start_step(step, steps)
+        if kind in ALPHAS: model.start_step(step, steps)
         for group in optimizer.param_groups: group["lr"] = schedule(step) * group.get("rate", 1.0)
         chosen = torch.randint(len(scenes), (BATCH,), generator=generator).tolist()
         vectors, own = picture_vectors(model, seen[chosen])
@@ -83,18 +90,22 @@ def main(words=None):
     if not (out / "tokenizer" / "config.json").exists():
         learned = starve(TiTok.from_pretrained(TINY_TOKENIZER), CODES, pictures(scene_at(index, 7) for index in range(6000)), TokenizerTrainConfig(steps=asked.tokenizer_steps, lr=5e-4, device="cpu"))
         learned.save_pretrained(out / "tokenizer")
-    starved, whole, shown = TiTok.from_pretrained(out / "tokenizer"), TiTok.from_pretrained(TINY_TOKENIZER), pictures(scene_at(index, 0, "test") for index in range(ASKED))
-    comparison = Comparison(models=",".join(KINDS), seeds=1, steps=asked.steps, queries=asked.queries, tokenizer=str(out / "tokenizer"), run=str(out / "run"))
-    changed = {name: value for name, value in vars(asked).items() if name != "out" and value != parser.get_default(name)}
-    said = " ".join(["python examples/starved.py", *(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())])
-    found = summary(reproduce(comparison), said)
-    for unused in ("spaces", "fusion"): del found[unused]
-    found["codes"], found["tokenizers"] = CODES, {"whole": tokenizer_report(whole, shown), "starved": tokenizer_report(starved, shown)}
-    for kind in KINDS:
-        found["models"][kind]["tokenizer"] = tokenizer_report(load_model(out / "run" / kind / "seed-0").image_tokenizer, shown)
-        path = out / "captions" / f"{kind}.json"
-        if not path.exists(): write_json(path, write_captions(kind, copy.deepcopy(starved), asked.caption_steps))
-        found["models"][kind]["captions"] = json.loads(path.read_text(encoding="utf-8"))
+    starved, shown = TiTok.from_pretrained(out / "tokenizer"), pictures(scene_at(index, 0, "test") for index in range(ASKED))
+    ask, trials = functools.partial(shapes_tasks, asked.queries), {}
+    for kind, name in PRESET.items():
+        changes = {"train.steps": asked.steps, "tokenizer": str(out / "tokenizer")} | ({"encoder.alpha": ALPHAS[kind]} if kind in ALPHAS else {})
+        trials[kind] = changed(preset(name, ALL_PRESETS), changes), out / "run" / kind
+    found = summarise_trials({kind: [trial] for kind, trial in run_trials(trials, ask, dict).items()}, ask())
+    captions = {kind: out / "captions" / f"{kind}.json" for kind in PRESET}
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        running = {kind: pool.submit(write_captions, kind, copy.deepcopy(starved), asked.caption_steps) for kind, path in captions.items() if not path.exists()}
+        for kind, future in running.items(): write_json(captions[kind], future.result())
+    for kind, row in found["models"].items():
+        row["tokenizer"] = tokenizer_report(load_model(out / "run" / kind).image_tokenizer, shown)
+        row["captions"] = json.loads(captions[kind].read_text(encoding="utf-8"))
+    changes = {name: value for name, value in vars(asked).items() if name != "out" and value != parser.get_default(name)}
+    said = " ".join(["python examples/starved.py", *(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())])
+    found = {"queries": asked.queries, "codes": CODES, "alphas": ALPHAS, "starved": tokenizer_report(starved, shown)} | provenance() | summary(found, said)
     write_json(out / "results.json", found)
     print(f"{reproduction_table(found)}\n\n{claims_table(found)}\n\nsummary: {out / 'results.json'}")
 

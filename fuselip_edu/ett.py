@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ETT_PRESETS', 'ALL_PRESETS', 'CodeTable', 'both_ways', 'reconstruction_errors', 'tokenizer_report', 'ETTConfig',
            'first_places', 'ETT', 'PictureSequences', 'picture_sequences', 'ETTRun', 'start_from', 'build_ett',
-           'build_model', 'starve', 'CaptionHead', 'picture_vectors']
+           'build_model', 'CaptionHead', 'picture_vectors', 'starve']
 
 # %% ../nbs/20_ett.ipynb #a728a112
 import dataclasses
@@ -218,19 +218,6 @@ def build_model(
     "Any model of this book, with fresh weights, and the data."
     return {BaselineConfig: build_baseline, FILIPRun: build_filip, ETTRun: build_ett}.get(type(config), build)(config)
 
-# %% ../nbs/20_ett.ipynb #23bf0788
-def starve(
-    tokenizer:TiTok,
-    n_codes:int, # that it is left with
-    images:torch.Tensor, # (n, 3, s, s), uint8, to learn them from
-    recipe:TokenizerTrainConfig
-) -> TiTok:
-    "The same tokenizer with a smaller codebook, trained on with it."
-    starved = TiTok(dataclasses.replace(tokenizer.config, n_codes=n_codes)).to(tokenizer.latent_tokens.device)
-    starved.load_state_dict({name: value for name, value in tokenizer.state_dict().items() if not name.startswith("quantize.")}, strict=False)
-    train_tokenizer(starved, images, dataclasses.replace(recipe, free_steps=0))
-    return starved
-
 # %% ../nbs/20_ett.ipynb #c15d88b9
 class CaptionHead(nn.Module):
     "A picture's vectors in, its caption out, word by word."
@@ -272,3 +259,16 @@ def picture_vectors(
     "What a model's encoder is given of pictures."
     if isinstance(model, ETT): return model.look(pixels, torch.arange(len(pixels), device=pixels.device))[::2]
     return model.token_embedding(model.image_tokenizer.encode(pixels) + model.vocab.first_code), None
+
+# %% ../nbs/20_ett.ipynb #23bf0788
+def starve(
+    tokenizer:TiTok,
+    n_codes:int, # that it is left with
+    images:torch.Tensor, # (n, 3, s, s), uint8, to learn them from
+    recipe:TokenizerTrainConfig
+) -> TiTok:
+    "The same tokenizer with a smaller codebook, trained on with it."
+    starved = TiTok(dataclasses.replace(tokenizer.config, n_codes=n_codes)).to(tokenizer.latent_tokens.device)
+    starved.load_state_dict({name: value for name, value in tokenizer.state_dict().items() if not name.startswith("quantize.")}, strict=False)
+    train_tokenizer(starved, images, dataclasses.replace(recipe, free_steps=0))
+    return starved

@@ -312,7 +312,7 @@ def train_tokenizer(
         pixels = images[torch.randint(len(images), (config.batch_size,), generator=generator)].float() / 255
         pixels = permute_colours(pixels, config.permute_colours, generator).to(device)
         z, quantized = tokenizer.latents(pixels), step >= config.free_steps
-        recent = recent[-63:] + [z.detach().flatten(0, 1)]
+        recent = recent[-63:] + [z.detach().flatten(0, 1)]  # of the last 64 batches
         if step == config.free_steps: tokenizer.quantize.fill_from(torch.cat(recent), generator)
         elif quantized and step % config.reset_every == 0 and step < config.reset_until * config.steps:
             replaced += tokenizer.quantize.fill_from(torch.cat(recent), generator, dead_only=True)

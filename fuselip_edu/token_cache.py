@@ -365,12 +365,12 @@ class CachedPairs:
     def __init__(self,
         folder:str|Path,
         item_tokenizer:ItemTokenizer, # of the model
-        ahead:bool=True # deal pairs, as `TokenPairs` does; False deals items, as `SourcePairs` does
+        by_pair:bool=True # deal pairs, as `TokenPairs` does; False deals items, as `SourcePairs` does
     ):
-        self.folder, self.vocab, self.ahead, self.plan = Path(folder), item_tokenizer.vocab, ahead, open_cache(folder, item_tokenizer)["plan"]
-        self.items, self.number = Part._map(self.folder / "groups.arrow").column("items").combine_chunks().to_pylist(), None  # groups of items; of the open view
+        self.folder, self.vocab, self.by_pair, self.plan = Path(folder), item_tokenizer.vocab, by_pair, open_cache(folder, item_tokenizer)["plan"]
+        self.items, self.open_view = Part._map(self.folder / "groups.arrow").column("items").combine_chunks().to_pylist(), None
         views = (View(self.folder, self.plan, view) for view in range(self.plan["views"]))
-        self.pairs = min(sum(len(view.of(group)) for group in self.items) for view in views) if ahead else sum(map(len, self.items))
+        self.pairs = min(sum(len(view.of(group)) for group in self.items) for view in views) if by_pair else sum(map(len, self.items))
         self.epoch = 0
 
     def __len__(self): return self.pairs  # of the view with the fewest; or items
@@ -381,13 +381,13 @@ class CachedPairs:
     @epoch.setter
     def epoch(self, value):
         self._epoch = value
-        if self.number != value % self.plan["views"]:
-            self.number = value % self.plan["views"]
-            self.view = View(self.folder, self.plan, self.number)
+        if self.open_view != value % self.plan["views"]:
+            self.open_view = value % self.plan["views"]
+            self.view = View(self.folder, self.plan, self.open_view)
 
     @property
     def groups(self): # lists of pair indices of this epoch's view, or of items
-        return [pairs for group in self.items if (pairs := self.view.of(group))] if self.ahead else self.items
+        return [pairs for group in self.items if (pairs := self.view.of(group))] if self.by_pair else self.items
 
     def inputs(self, indices): # of b pairs -> {"ids": (2b, n), "lengths": (2b,)}, what a FuseLIP model's `forward` takes
         return dict(zip(("ids", "lengths"), self.view.sequences(indices, self.vocab)))
@@ -396,5 +396,5 @@ class CachedPairs:
         batches # list of batches; a batch is a list of shards, a shard a list of indices
     ): # yields `inputs`, one a batch
         "The inputs of every batch, each made while the one before is in use."
-        pairs_of = lambda shard: shard if self.ahead else to_size(self.view.of(shard), shard)
+        pairs_of = lambda shard: shard if self.by_pair else to_size(self.view.of(shard), shard)
         return ahead_of_time(self.inputs([pair for shard in batch for pair in pairs_of(shard)]) for batch in batches)

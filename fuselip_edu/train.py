@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'TrainConfig', 'learning_rate', 'parameter_groups', 'orthogonalised',
            'Muon', 'make_optimizer', 'Batch', 'twins', 'make_batch', 'contrastive_loss', 'lowered', 'forward',
-           'compiled_masked_loss', 'masked_losses', 'total', 'loss_values', 'backward', 'trained_parameters',
+           'compiled_masked_loss', 'masked_losses', 'total_loss', 'loss_values', 'backward', 'trained_parameters',
            'save_checkpoint', 'checked_step', 'load_checkpoint', 'RunLog', 'deferred_interrupt', 'update',
            'epoch_batches', 'steps_an_epoch', 'batches_from', 'prepare_device', 'check_world', 'train', 'scheduled',
            'scalars', 'finish', 'Config', 'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place',
@@ -48,7 +48,7 @@ class TrainConfig:
     beta2: float = 0.98  # and of its mean square
     grad_norm: float = 1.0  # gradients are clipped to this norm
     loss: str = "sigmoid"  # or "softmax"
-    chunk: int = 0  # rows of the losses' tables that are in memory at a time; 0 keeps all
+    chunk: int = 0  # rows of the tables of the sigmoid and the masked losses that are in memory at a time; 0 keeps all
     grouped: bool = True  # the hard negatives of a group share a batch; False deals every pair by itself
     skip_twins: bool = True  # an item that is twice in a batch is no negative of itself; the paper: False
     mask_probability: float = 0.02  # share of tokens hidden; the paper: 0.1
@@ -225,13 +225,13 @@ def masked_losses(model, encoded, b, config, counts=None): # mean cross-entropy 
     return total
 
 # %% ../nbs/16_train.ipynb #7e57ea23
-def total(config, contrastive, masked, own=None): # `own` is None where the model has no loss of its own
+def total_loss(config, contrastive, masked, own=None): # `own` is None where the model has no loss of its own
     return contrastive + config.mask_weight * masked + (0.0 if own is None else own)
 
 
 def loss_values(config, **losses): # tensors or None -> floats, with their total
     values = {name: float(loss.detach()) for name, loss in losses.items() if loss is not None}
-    return {"loss": total(config, **values), **values}
+    return {"loss": total_loss(config, **values), **values}
 
 
 def backward(
@@ -245,11 +245,11 @@ def backward(
         embeddings, encoded = forward(model, batch.inputs, config)
         contrastive, masked = contrastive_loss(model, embeddings, batch, config, world), masked_losses(model, encoded, len(batch), config)
         own = getattr(encoded, "own_loss", None)
-        total(config, contrastive, masked, own).backward()
+        total_loss(config, contrastive, masked, own).backward()
         return loss_values(config, contrastive=contrastive, masked=masked, own=own)
     parts = [batch.part(i, config.accumulation) for i in range(config.accumulation)]
     with torch.no_grad(): ready = [forward(model, part.inputs, config) for part in parts[:-1]]
-    ready.append(forward(model, parts[-1].inputs, config))  # whose way back is kept
+    ready.append(forward(model, parts[-1].inputs, config))  # with its graph
     embeddings = [embedded for embedded, _ in ready]
     leaf = torch.cat([torch.cat([e.detach().chunk(2)[side] for e in embeddings]) for side in (0, 1)]).requires_grad_()
     contrastive = contrastive_loss(model, leaf, batch, config, world)
@@ -262,7 +262,7 @@ def backward(
         if not embedded.requires_grad: embedded, encoded = forward(model, part.inputs, config)
         loss, its_own = masked_losses(model, encoded, len(part), config, counts), getattr(encoded, "own_loss", None)
         its_own = None if its_own is None else its_own * len(part) / len(batch)
-        total(config, (embedded * gradient).sum(), loss, its_own).backward()
+        total_loss(config, (embedded * gradient).sum(), loss, its_own).backward()
         masked += loss.detach()
         if its_own is not None: own = its_own.detach() + (0.0 if own is None else own)
     return loss_values(config, contrastive=contrastive, masked=masked, own=own)
@@ -465,7 +465,7 @@ def train(
     config:TrainConfig,
     run:str|Path|None=None, # folder for metrics.jsonl and checkpoints/; None keeps nothing
     resume:bool=False, # continue from the newest checkpoint in `run`
-    watch=None, # called as watch(step, model) after every logged step
+    watch=None, # called as watch(step, model) every `log_every` steps
     world:World=World() # the processes that train together
 ) -> list: # of dicts, one a logged step: step, pairs, loss, contrastive, masked, lr, scale, bias, grad_norm
     "Train; with a run folder, Ctrl-C leaves a checkpoint."
@@ -478,9 +478,9 @@ def train(
     optimizer = make_optimizer(model, config)
     first = load_checkpoint(Path(run) / "checkpoints", model, optimizer) if run and resume else 0
     if gather_values({"step": first}, world)["step"] != first: raise RuntimeError(f"rank {world.rank} has step {first} as its newest checkpoint, but others have another; --run must be a folder that all processes see")
-    kept = Path(run) if run and world.is_main else None
+    main_folder = Path(run) if run and world.is_main else None
     if run and hasattr(pairs, "bad"): pairs.bad.write_to(Path(run) / (f"bad-{world.rank}.jsonl" if world.rank else "bad.jsonl"))
-    log = RunLog(kept, first, config, quiet=not world.is_main)
+    log = RunLog(main_folder, first, config, quiet=not world.is_main)
     with deferred_interrupt() as interrupted:
         for step, indices, inputs in log.timed(batches_from(first, pairs, config, world)):
             if hasattr(model, "start_step"): model.start_step(step, config.steps)  # a model whose parts learn at different times
@@ -499,10 +499,10 @@ def train(
             if watch and done % config.log_every == 0: watch(done, model)
             if run and (stop or done % config.checkpoint_every == 0 or done == config.steps):
                 save_checkpoint(Path(run) / "checkpoints", model, optimizer, done, config.keep, write=world.is_main)
-                if kept: write_json(kept / "speed.json", log.speed(done))
+                if main_folder: write_json(main_folder / "speed.json", log.speed(done))
             if stop: break
     gather_parameters(model)
-    return finish(model, log, bool(interrupted), kept)
+    return finish(model, log, bool(interrupted), main_folder)
 
 # %% ../nbs/16_train.ipynb #b02e80c1
 def scheduled(step, elapsed, config): # the learning rate by steps, or by the clock if that is further on
@@ -513,10 +513,10 @@ def scheduled(step, elapsed, config): # the learning rate by steps, or by the cl
 def scalars(model): return {"scale": float(model.logit_scale.detach().exp()), "bias": float(model.logit_bias.detach())}
 
 
-def finish(model, log, interrupted, kept): # -> the log's rows; an interrupt is passed on after the bar is closed
+def finish(model, log, interrupted, main_folder): # -> the log's rows; an interrupt is passed on after the bar is closed
     log.close()
     if interrupted:
-        print(f"stopped after {log.rows[-1]['step'] if log.rows else 0} steps" + ("; its checkpoint is kept, and resuming goes on from there" if kept else ""), file=sys.stderr)
+        print(f"stopped after {log.rows[-1]['step'] if log.rows else 0} steps" + ("; its checkpoint is kept, and resuming goes on from there" if main_folder else ""), file=sys.stderr)
         raise KeyboardInterrupt
     model.eval()
     return log.rows

@@ -370,7 +370,7 @@ def test_a_run_from_the_cache_is_the_run_without_it(tmp_path):
         found.append(train(small_model(), pairs, settings(steps=40, batch_size=32, shards=1)))  # into the second epoch
     assert found[0] == found[1]
     live = SourcePairs(source, small_model())
-    for pairs in (live, CachedPairs(tmp_path / "cache", item_tokenizer, ahead=False)): found.append(train(small_model(), pairs, settings(steps=8, batch_size=32, shards=2)))
+    for pairs in (live, CachedPairs(tmp_path / "cache", item_tokenizer, by_pair=False)): found.append(train(small_model(), pairs, settings(steps=8, batch_size=32, shards=2)))
     assert found[2] == found[3]
 
 

@@ -68,7 +68,7 @@ def photos(tmp_path):
 
 
 def test_view_v_is_epoch_v_and_views_come_again(tokenizer, photos, tmp_path):
-    cached = CachedPairs(made(photos, tokenizer, tmp_path / "c", views=3, seed=5), tokenizer, ahead=False)
+    cached = CachedPairs(made(photos, tokenizer, tmp_path / "c", views=3, seed=5), tokenizer, by_pair=False)
 
     class Model:
         image_size = 32
