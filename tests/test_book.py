@@ -105,7 +105,7 @@ def test_numbers_of_the_starved_tokenizer_come_from_its_results(root):
     assert found["command"].startswith("python examples/starved.py") and found["starved"]["used"] <= found["codes"]
     for row in found["models"].values():
         scores, captions = [task["mean"] for name, task in row["tasks"].items() if name not in ("false_captions", "unseen")], row["captions"]
-        said = f"{captions['loss']:.3f} | {captions['before']['error']:.4f} → {captions['after']['error']:.4f}"
+        said = f"{captions['loss']:.3f} | {100 * captions['right']:.1f} | {captions['before']['error']:.4f} → {captions['after']['error']:.4f}"
         line = f"| {100 * sum(scores) / 9:.1f} | {' | '.join(f'{100 * score:.1f}' for score in scores)} | {row['tokenizer']['error']:.4f} | {row['tokenizer']['used']} | {said} |"
         assert line in chapter, "20_ett.ipynb is not of data/results/starved.json; run make notebooks"
 
