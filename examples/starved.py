@@ -8,7 +8,6 @@ They are asked the nine tasks, and the same are trained to write captions. Of ev
 """
 import argparse
 import concurrent.futures
-import copy
 import functools
 import json
 import multiprocessing
@@ -98,13 +97,13 @@ def main(words=None):
     found = summarise_trials({kind: [trial] for kind, trial in run_trials(trials, ask, dict).items()}, ask())
     captions = {kind: out / "captions" / f"{kind}.json" for kind in PRESET}
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        running = {kind: pool.submit(write_captions, kind, copy.deepcopy(starved), asked.caption_steps) for kind, path in captions.items() if not path.exists()}
+        running = {kind: pool.submit(write_captions, kind, starved, asked.caption_steps) for kind, path in captions.items() if not path.exists()}
         for kind, future in running.items(): write_json(captions[kind], future.result())
     for kind, row in found["models"].items():
         row["tokenizer"] = tokenizer_report(load_model(out / "run" / kind).image_tokenizer, shown)
         row["captions"] = json.loads(captions[kind].read_text(encoding="utf-8"))
-    changes = {name: value for name, value in vars(asked).items() if name != "out" and value != parser.get_default(name)}
-    said = " ".join(["python examples/starved.py", *(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())])
+    given = {name: value for name, value in vars(asked).items() if name != "out" and value != parser.get_default(name)}
+    said = " ".join(["python examples/starved.py", *(f"--{name.replace('_', '-')} {value}" for name, value in given.items())])
     found = {"queries": asked.queries, "codes": CODES, "alphas": ALPHAS, "starved": tokenizer_report(starved, shown)} | provenance() | summary(found, said)
     write_json(out / "results.json", found)
     print(f"{reproduction_table(found)}\n\n{claims_table(found)}\n\nsummary: {out / 'results.json'}")

@@ -69,11 +69,11 @@ def test_losses_and_gradients_are_those_written_out(chunk):
     written = sum(-(scale * view[i, i] - (scale * view[i]).logsumexp(0)) for view in views for i in range(4)) / 8
     assert float(f.filip_loss(left, right, scale, None, chunk)) == pytest.approx(float(written), abs=1e-12)
     yes_no = sum(math.log1p(math.exp(-(1 if i == j else -1) * float(scale * view[i, j] + bias))) for view in views for i in range(4) for j in range(4)) / 8
-    assert float(f.filip_sigmoid_loss(left, right, scale, bias, None, chunk)) == pytest.approx(yes_no, abs=1e-12)
+    assert float(f.filip_loss(left, right, scale, None, chunk, bias)) == pytest.approx(yes_no, abs=1e-12)
     real = [(side.detach() != 0).any(-1, keepdim=True) for side in (left, right)]
     def on_real(loss): return lambda a, b: loss(a * real[0], b * real[1])
     assert torch.autograd.gradcheck(on_real(lambda a, b: f.filip_loss(a, b, scale, None, chunk)), (left, right))
-    assert torch.autograd.gradcheck(on_real(lambda a, b: f.filip_sigmoid_loss(a, b, scale, bias, None, chunk)), (left, right))
+    assert torch.autograd.gradcheck(on_real(lambda a, b: f.filip_loss(a, b, scale, None, chunk, bias)), (left, right))
 
 
 def test_twins_are_no_negatives():
@@ -84,7 +84,7 @@ def test_twins_are_no_negatives():
     written = 0.0
     for view, dim in zip(views, (1, 0)): written += sum(-(scale * view.masked_fill(same, -torch.inf)).log_softmax(dim)[i, i] for i in range(4)) / 8
     assert float(f.filip_loss(left, right, scale, same)) == pytest.approx(float(written))
-    assert f.filip_sigmoid_loss(left, right, scale, -3.0, same) < f.filip_sigmoid_loss(left, right, scale, -3.0)
+    assert f.filip_loss(left, right, scale, same, bias=-3.0) < f.filip_loss(left, right, scale, bias=-3.0)
 
 
 def test_padding_is_no_partner_of_what_is_sent():
