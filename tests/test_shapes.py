@@ -6,7 +6,6 @@ answers, referring phrases, edits with their inverses, and the falseness of fals
 import itertools
 import random
 import re
-import time
 from collections import Counter
 
 import numpy as np
@@ -322,29 +321,3 @@ def test_a_region_is_the_objects_box():
 ))
 def test_wrong_use_is_named(wrong, message):
     with pytest.raises(ValueError, match=message): wrong()
-
-
-# ---- speed: processor seconds, so that a busy machine changes little; the best of three
-
-def rate(work, n):
-    for index in range(50): work(index)
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        for index in range(n): work(index)
-        times.append(time.process_time() - start)
-    return n / min(times)
-
-
-@pytest.mark.parametrize("size", (32, 48))
-def test_rendering_makes_3000_images_a_second(size):
-    assert rate(lambda index: shapes.render(TRAIN[index % N], size), 1000) >= 3000
-
-
-def test_drawing_is_fast():
-    assert rate(lambda index: shapes.scene_at(index), 2000) >= 4_000
-
-
-def test_pairs_are_made_fast():
-    rng = random.Random(0)
-    assert rate(lambda index: shapes.scene_pairs(TRAIN[index % N], rng), 1000) >= 1000
