@@ -154,9 +154,11 @@ def run_trial(
 def _one_thread(): torch.set_num_threads(1)
 
 
-def _quiet_trial(config, folder, ask, probe): # in a process of its own; its lines of progress go into the folder
+def _quiet_trial(config, folder, ask, probe, prepare): # in a process of its own; its lines of progress go into the folder
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / "log.txt", "a") as log, contextlib.redirect_stderr(log): return run_trial(config, folder, ask(), probe())
+    with open(Path(folder) / "log.txt", "a") as log, contextlib.redirect_stderr(log):
+        if prepare: prepare()
+        return run_trial(config, folder, ask(), probe())
 
 
 def _last_step(folder): # of an unfinished trial
@@ -173,18 +175,19 @@ def _pool(processes): # each process with one thread; 0 processes: one a core, o
     processes = processes or (1 if torch.cuda.is_available() else cores)
     return concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread)
 
-
+# %% ../nbs/21_reproduce.ipynb #f1354b39
 def run_trials(
     trials:dict, # {name: (config, folder)}
     ask, # ask() gives the tasks of `run_trial`: each process makes its own, since thousands of pictures are slow to send
     probe, # probe() gives its probes
-    processes:int=0 # at once, each with one thread; 0 takes the number of cores, or 1 with a GPU
+    processes:int=0, # at once, each with one thread; 0 takes the number of cores, or 1 with a GPU
+    prepare:dict|None=None # {name: called before that trial, in its process}
 ) -> dict: # {name: result of `run_trial`}
     "Run trials side by side; each uses one thread, so its numbers do not depend on how many run."
-    results, started = {}, time.monotonic()
+    results, prepare, started = {}, prepare or {}, time.monotonic()
     with _pool(processes) as pool:
-        first = sorted(trials, key=lambda name: not name.startswith("ett"))  # the slowest first, so that no core is left alone with it at the end
-        running = {pool.submit(_quiet_trial, trials[name][0], str(trials[name][1]), ask, probe): name for name in first}
+        first = sorted(trials, key=lambda name: not (name in prepare or name.startswith("ett")))  # the slowest first, so that no core is left alone with it at the end
+        running = {pool.submit(_quiet_trial, trials[name][0], str(trials[name][1]), ask, probe, prepare.get(name)): name for name in first}
         waiting = set(running)
         while waiting:
             done, waiting = concurrent.futures.wait(waiting, 30, concurrent.futures.FIRST_COMPLETED)
@@ -456,8 +459,9 @@ def only(
     return [index for index in range(len(answers[model][0])) if alone(index)]
 
 # %% ../nbs/21_reproduce.ipynb #1f540317
-CODEBOOKS = {"64 codes": {"n_codes": 64}, "1,024 codes": {"n_codes": 1024}, "9 tokens an image": {"n_latents": 9}, "36 tokens an image": {"n_latents": 36}}
-ABLATIONS = {  # {what is changed: {field: value}}; a tokenizer of `CODEBOOKS` is trained for it
+CODEBOOKS = {  # tokenizers that are trained for the table by one recipe; the first has the usual sizes, and the others are compared to it
+    "a tokenizer of its own": {}, "64 codes": {"n_codes": 64}, "1,024 codes": {"n_codes": 1024}, "9 tokens an image": {"n_latents": 9}, "36 tokens an image": {"n_latents": 36}}
+ABLATIONS = {  # {what is changed: {field: value}}
     "nothing": {},
     "no masked loss": {"train.mask_probability": 0.0},
     "masked loss counts four times": {"train.mask_weight": 1.0},
@@ -491,37 +495,28 @@ def changed(
     return config
 
 # %% ../nbs/21_reproduce.ipynb #446ebeb8
-def _quiet_tokenizer(folder, *arguments): # in a process of its own
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.log", "a") as log, contextlib.redirect_stderr(log): train_shared_tokenizer(folder, *arguments)
-
-
 def ablate(
     asked:Comparison=Comparison(ablations=True),
     command:str="" # that asked for it, to be written down
 ) -> dict: # what results.json holds
     "Train FuseLIP once for every row of `ABLATIONS`, ask it every task, and write results.json; what is finished is not done again."
     _check(asked)
-    run = run_folder(asked)
-    whole = trial_config("fuselip", 0, asked)
-    side = preset(f"{asked.preset}-sf", BASELINE_PRESETS).towers.image_size
-    ask = functools.partial(shapes_tasks, asked.queries, 0, side)
-    folders, trials = {name: run / "tokenizers" / re.sub(r"\W+", "-", name) for name in CODEBOOKS}, {}
+    run, whole, trials, prepare = run_folder(asked), trial_config("fuselip", 0, asked), {}, {}
+    steps, usual = asked.tokenizer_steps or TokenizerTrainConfig().steps, preset(asked.preset, TOKENIZER_PRESETS)
+    ask = functools.partial(shapes_tasks, asked.queries, 0, preset(f"{asked.preset}-sf", BASELINE_PRESETS).towers.image_size)
     for name, changes in ABLATIONS.items():
-        config = changed(whole, changes)
-        if config.tokenizer in folders: config.tokenizer = str(folders[config.tokenizer])
-        trials[name] = config, run / re.sub(r"\W+", "-", name)
-    with _counted(run / "minutes.json") as minutes:
-        steps, started = asked.tokenizer_steps or TokenizerTrainConfig().steps, time.monotonic()
-        with _pool(asked.processes) as pool:
-            waiting = [pool.submit(_quiet_tokenizer, folders[name], asked.data, steps, dataclasses.replace(preset(asked.preset, TOKENIZER_PRESETS), **sizes), whole.scenes) for name, sizes in CODEBOOKS.items()]
-            for name, future in zip(CODEBOOKS, waiting):
-                future.result()
-                _say(f"tokenizer with {name}: done", started)
-        done = run_trials(trials, ask, dict, asked.processes)
-    found = summarise_trials({name: [trial] for name, trial in done.items()}, ask(), ours="nothing")
-    for row in found["models"].values(): del row["curves"], row["answers"]
-    results = {"preset": asked.preset, "command": command, "queries": asked.queries, "minutes": minutes()} | provenance() | found
+        config, at = changed(whole, changes), re.sub(r"\W+", "-", name)
+        if config.tokenizer in CODEBOOKS:
+            sizes, config.tokenizer = dataclasses.replace(usual, **CODEBOOKS[config.tokenizer]), str(run / "tokenizers" / at)
+            prepare[name] = functools.partial(train_shared_tokenizer, Path(config.tokenizer), asked.data, steps, sizes, whole.scenes)
+        trials[name] = config, run / at
+    with _counted(run / "minutes.json") as minutes: done = run_trials(trials, ask, dict, asked.processes, prepare)
+    tasks, bases = ask(), {name: next(iter(prepare)) if name in prepare else "nothing" for name in trials}  # what each row is compared to
+    parts = [summarise_trials({name: [done[name]] for name in trials if bases[name] == base}, tasks, base) for base in dict.fromkeys(bases.values())]
+    models = {name: part["models"][name] for name in trials for part in parts if name in part["models"]}
+    for row in models.values(): del row["curves"], row["answers"]
+    results = {"preset": asked.preset, "command": command, "queries": asked.queries, "minutes": minutes()} | provenance()
+    results |= {"models": models, "claims": [claim for part in parts for claim in part["claims"]]}
     write_json(run / "results.json", results)
     return results
 
@@ -529,7 +524,7 @@ def ablate(
 def ablation_table(
     results:dict # from `ablate`
 ) -> str: # Markdown
-    "Accuracy of every row; where a paired test over pictures finds a difference to the unchanged model (p < 0.01), it is bold."
+    "Accuracy of every row; where a paired test over pictures finds a difference to the row that it is compared with (p < 0.01), it is bold."
     columns, sure = _columns(results), {(claim["rival"], claim["task"]) for claim in results["claims"] if claim["p"] < 0.01}
     lines = [f"| what is changed | parameters | MFLOPs a pair | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
     for name, row in results["models"].items():
