@@ -27,6 +27,7 @@ notebooks: $(ready)
 
 # Repeats the training of the tokenizer that ships in data/tiny.
 tiny: $(ready)
+	rm -rf runs/tiny-tokenizer
 	$(bin)/fuselip-edu train-tokenizer --preset tiny --run runs/tiny-tokenizer --export data/tiny
 
 # Repeats the committed results from scratch: the demo, the comparison of models, the ladder of speed, and the small real sets that FUSELIP_DATA names.
@@ -38,13 +39,14 @@ results: $(ready)
 	cp runs/results/reproduce/results.json data/results/reproduce.json
 	$(bin)/fuselip-edu reproduce --preset tiny --models fuselip,filip,ett,sf,mlf --seeds 1 --run runs/results/neighbours
 	cp runs/results/neighbours/results.json data/results/neighbours.json
-	$(bin)/fuselip-edu reproduce --preset tiny --ablations --run runs/results/ablations
+	$(bin)/fuselip-edu reproduce --preset tiny --ablations --steps 900 --tokenizer-steps 1600 --run runs/results/ablations
 	cp runs/results/ablations/results.json data/results/ablations.json
 	$(bin)/fuselip-edu benchmark --preset fuselip-s --device cpu --steps 3 --json data/results/scaling.json
 	for set in nlvr emoji4 grocery starved; do $(bin)/python examples/$$set.py --out runs/results/$$set && cp runs/results/$$set/results.json data/results/$$set.json || exit 1; done
 
+# Leaves runs/, which holds what was trained.
 clean:
-	rm -rf $(VENV) runs *.egg-info
+	rm -rf $(VENV) *.egg-info
 
 $(ready): settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

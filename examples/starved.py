@@ -86,16 +86,17 @@ def main(words=None):
     parser.add_argument("--queries", type=int, default=300, help="test scenes (default: %(default)s)")
     asked = parser.parse_args(words)
     out = Path(asked.out).resolve()
-    if not (out / "tokenizer" / "config.json").exists():
+    place = out / f"tokenizer-{asked.tokenizer_steps}"
+    if not (place / "config.json").exists():
         learned = starve(TiTok.from_pretrained(TINY_TOKENIZER), CODES, pictures(scene_at(index, 7) for index in range(6000)), TokenizerTrainConfig(steps=asked.tokenizer_steps, lr=5e-4, device="cpu"))
-        learned.save_pretrained(out / "tokenizer")
-    starved, shown = TiTok.from_pretrained(out / "tokenizer"), pictures(scene_at(index, 0, "test") for index in range(ASKED))
+        learned.save_pretrained(place)
+    starved, shown = TiTok.from_pretrained(place), pictures(scene_at(index, 0, "test") for index in range(ASKED))
     ask, trials = functools.partial(shapes_tasks, asked.queries), {}
     for kind, name in PRESET.items():
-        changes = {"train.steps": asked.steps, "tokenizer": str(out / "tokenizer")} | ({"encoder.alpha": ALPHAS[kind]} if kind in ALPHAS else {})
+        changes = {"train.steps": asked.steps, "tokenizer": str(place)} | ({"encoder.alpha": ALPHAS[kind]} if kind in ALPHAS else {})
         trials[kind] = changed(preset(name, ALL_PRESETS), changes), out / "run" / kind
     found = summarise_trials({kind: [trial] for kind, trial in run_trials(trials, ask, dict).items()}, ask())
-    captions = {kind: out / "captions" / f"{kind}.json" for kind in PRESET}
+    captions = {kind: out / "captions" / f"{kind}-{asked.caption_steps}.json" for kind in PRESET}
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         running = {kind: pool.submit(write_captions, kind, starved, asked.caption_steps) for kind, path in captions.items() if not path.exists()}
         for kind, future in running.items(): write_json(captions[kind], future.result())

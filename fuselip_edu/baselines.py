@@ -387,6 +387,7 @@ def build_baseline(
     config:BaselineConfig
 ): # (LateFusion, pairs for `train`)
     "The model with fresh weights, and the data."
+    if config.train.mask_probability: raise ValueError("late fusion hides no tokens; leave --train.mask-probability at 0")
     seed_everything(config.train.seed)
     source = open_data(config.data, config.train.seed, config.towers.image_size, scenes=config.scenes, tgit=config.tgit, without=config.without)
     model = LateFusion(config.towers, text_tokenizer_for(source, config.text_vocab))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import load_image, progress
+from .core import json_lines, load_image, progress
 from .pairs import Item, Pair
 from .sources import NAMES, open_source, random_resized_crop
 
@@ -29,6 +29,7 @@ def grouped_batches(
     world:int=1 # number of processes
 ) -> list: # of lists of `batch_size` indices
     "One epoch's batches of one process: permute the groups, stride by rank, fill batches in order, as the paper's implementation does."
+    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if not 0 <= rank < world: raise ValueError(f"there is no rank {rank} among {world} processes; ranks count from 0 to {world - 1}")
     total = sum(map(len, groups))
     count = total // world // batch_size
@@ -76,8 +77,9 @@ class MixedSource:
 def kept_groups(groups, share): # -> list of groups; `share` may be above 1
     if share <= 0: raise ValueError(f"a share must be above 0, not {share}; leave the source out instead")
     kept = list(groups) * int(share)
-    if part := int((share - int(share)) * len(groups)):
+    if part := int(round((share - int(share)) * len(groups), 6)):
         kept += [groups[i] for i in np.random.default_rng(0).choice(len(groups), part, replace=False)]
+    if groups and not kept: raise ValueError(f"a share of {share} keeps none of {len(groups)} groups; give at least {1 / len(groups):.2g}, or leave the source out")
     return kept
 
 # %% ../nbs/13_batches.ipynb #23a4f78b
@@ -208,7 +210,7 @@ class BadItems:
         log:Path # a line of JSON for each is appended here, once; an item that was mended since does not count any more
     ):
         self.log = log
-        if log.exists(): self.logged = {row["item"] for row in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
+        if log.exists(): self.logged = {row["item"] for row in json_lines(log)}
         for index, reason in self.reasons.items(): self._write(index, reason)
 
     def _write(self, index, reason):
@@ -222,9 +224,17 @@ class BadItems:
             self.reasons[index] = str(found)
             print(f"item {index} is passed over: {found}", file=sys.stderr, flush=True)
             self._write(index, str(found))
-        if len(self.reasons) > self.share * self.total:
-            raise ValueError(f"{len(self.reasons)} of {self.total} items cannot be read, more than {100 * self.share:g} %; the last is item {index}: {found}. Mend or remove it, or allow more with --max-bad")
+        self.check()
         return []
+
+    def join(self, everywhere): # list of the `reasons` of all processes, this one included
+        for reasons in everywhere: self.reasons |= {index: reason for index, reason in reasons.items() if index not in self.reasons}
+        self.check()
+
+    def check(self):
+        if len(self.reasons) > self.share * self.total:
+            index = next(reversed(self.reasons))
+            raise ValueError(f"{len(self.reasons)} of {self.total} items cannot be read, more than {100 * self.share:g} %; the last is item {index}: {self.reasons[index]}. Mend or remove it, or allow more with --max-bad")
 
 # %% ../nbs/13_batches.ipynb #e4d71c24
 def _trouble(path): # an `Unreadable`, or None

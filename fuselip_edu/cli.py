@@ -9,7 +9,7 @@ __all__ = ['HELP', 'COMMANDS', 'arguments', 'take', 'demo_command', 'train_comma
 
 # %% ../nbs/28_cli.ipynb #3aba3e1f
 import contextlib, io, itertools, os, sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 # %% ../nbs/28_cli.ipynb #2138e8f8
@@ -26,7 +26,7 @@ HELP = """fuselip-edu COMMAND [flags]
   benchmark         the ladder of speed                    --preset fuselip-s
   data              list | check NAME | get NAME | make-vqa: the paper's data sets
 
-fuselip-edu COMMAND --help lists the flags; train also takes --preset NAME, --run FOLDER and --resume."""
+fuselip-edu COMMAND --help lists the flags; train, train-tokenizer and tokenize also take --preset NAME, and train --run FOLDER and --resume."""
 
 # %% ../nbs/28_cli.ipynb #e3eaff64
 def arguments(make, rest, command, default=None): # flags -> a dataclass; an unknown flag is an error that names it
@@ -48,6 +48,7 @@ def take(rest, flag, default): # a flag that decides the defaults of the others 
     for index, word in enumerate(rest):
         if word == flag or word.startswith(f"{flag}="):
             value = word.partition("=")[2] if "=" in word else (rest[index + 1:index + 2] or [""])[0]
+            if not value or value.startswith("--"): raise ValueError(f"{flag} needs a value, as in {flag} NAME")
             del rest[index:index + (1 if "=" in word else 2)]
             break
     return value, rest
@@ -66,7 +67,7 @@ def demo_command(rest):
         queries: int = 300  # test scenes
 
     asked, config = arguments(Demo, rest, "demo"), preset("tiny")
-    config.train.seconds, config.train.seed = asked.seconds, asked.seed
+    config.train = replace(config.train, seconds=asked.seconds, seed=asked.seed)
     demo(config, asked.run, asked.queries)
 
 
@@ -214,8 +215,8 @@ def train_tokenizer_command(rest):
     if folder.is_dir() and any(folder.iterdir()): raise ValueError(f"{asked.run!r} is not empty; give another --run, or remove it to train again")
     show_settings(asdict(asked))
     source = open_data(asked.data, asked.train.seed + 7, asked.model.image_size, scenes=asked.scenes)
-    write_json(folder / "config.json", asdict(asked))
     tokenizer, rows = fit_tokenizer(source, asked.model, asked.train, asked.images, lambda row: print(row, file=sys.stderr, flush=True))
+    write_json(folder / "config.json", asdict(asked))  # not before: an interrupted command can be given again
     tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "metrics.json", rows)
     if asked.export: tokenizer.save_pretrained(asked.export, torch.float16)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .core import atomic_path, load_image, open_file, pick_device, progress
+from .core import atomic_path, json_lines, load_image, open_file, pick_device, progress
 from .paper import MMEB_SUBSETS, SUGARCREPE, SUITE
 from .sources import MMEB_SETS, open_source
 
@@ -278,7 +278,7 @@ def check(
     "What of a data set is there, what is missing, and whether a few records can be read."
     row, root = data_set(name), Path(root or default_root(name))
     parts = row.parts
-    if root.is_file(): root, parts = root.parent, (replace(parts[0], files=(root.name,)), *parts[1:])
+    if root.is_file() and parts: root, parts = root.parent, (replace(parts[0], files=(root.name,)), *parts[1:])
     looked = {part.what: find_part(part, root) for part in parts}
     counts, missing = {what: (here, total) for what, (here, total, _) in looked.items()}, [lacks for *_, lacks in looked.values() if lacks]
     report = Report(name, str(root), "", counts, {}, missing, [])
@@ -448,10 +448,7 @@ def _read_journal(path, settings): # {item: its line}; a line that a kill cut sh
     if not path.exists():
         with atomic_path(path) as temporary: temporary.write_text(json.dumps(settings) + "\n", encoding="utf-8")
         return {}
-    text = path.read_bytes()
-    whole = text[:text.rfind(b"\n") + 1]
-    if whole != text: os.truncate(path, len(whole))
-    try: first, *lines = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
+    try: first, *lines = json_lines(path)
     except ValueError as error: raise ValueError(f"{str(path)!r} is not a journal of questions ({error}); remove it to begin again") from None
     changed = [f"{key} {first.get(key)!r} instead of {value!r}" for key, value in settings.items() if first.get(key) != value]
     if changed: raise ValueError(f"{str(path)!r} was begun with {', '.join(changed)}; give the same again, another --out, or remove it")
@@ -513,6 +510,7 @@ def make_vqa(
 ) -> dict: # {"captions", "questions", and every reason for skipping: how often}
     "Write one question and answer for each caption; run again after an interruption, it goes on where it was and ends with the same file."
     source, out = open_source(captions) if isinstance(captions, str) else captions, Path(out)
+    if limit < 0 or batch_size < 1: raise ValueError(f"limit must be 0 or more and batch_size 1 or more, not {limit} and {batch_size}")
     n = min(limit or len(source), len(source))
     if out.suffix != ".csv": raise ValueError(f"the questions are written as CSV, and {str(out)!r} does not end in .csv; give a path that does")
     if not n: raise ValueError(f"{captions!r} holds no captions; give a source such as cc3m:DIR")

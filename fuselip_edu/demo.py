@@ -17,7 +17,7 @@ from .evaluate import evaluate, results_table, score_queries, shapes_tasks, show
 from .fuselip import FuseLIP
 from .pairs import Item
 from .shapes import captions, render, scene_at
-from .train import Config, build, open_run, train
+from .train import Config, build, open_run, seconds_trained, train
 
 # %% ../nbs/25_demo.ipynb #7f8bfcf8
 def accuracy_figure(
@@ -145,24 +145,25 @@ def demo(
     n:int=300 # test scenes of the evaluation
 ) -> dict: # what results.json holds
     "Train, evaluate on held-out scenes and write the report; an interrupted demo is continued, a finished one is shown again."
-    run, started = Path(run), time.monotonic()
+    run, started = Path(run), time.monotonic() - seconds_trained(run)  # of earlier attempts
     finished = run / "results.json"
     there = (run / "config.json").exists()
-    open_run(run, dataclasses.asdict(config), resume=there)
+    settings = dataclasses.asdict(config) | {"queries": n}
+    open_run(run, settings, resume=there)
     if finished.exists():
         print(f"this demo has run before; remove {run} or give another --run to run it again", file=sys.stderr)
         results = json.loads(finished.read_text())
     else:
         model, pairs = build(config)
         tasks = shapes_tasks(n, config.train.seed, model.image_tokenizer.config.image_size)
-        write_json(run / "config.json", dataclasses.asdict(config))
+        write_json(run / "config.json", settings)
         rows = train(model, pairs, config.train, run, resume=there)
         model.save_pretrained(run / "model")
         tested = evaluate(model, tasks)
         figures = save_figures(run / "figures", model, rows, tasks, tested)
         results = {"model": "fuselip-tiny", "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "tasks": tested,
                    "seconds": round(time.monotonic() - started, 1), "pairs": rows[-1]["pairs"], "seed": config.train.seed, **provenance(model.device)}
-        write_report(run, results, figures, dataclasses.asdict(config))
+        write_report(run, results, figures, settings)
         write_json(finished, results)
     print(f"\n{results_table(results['tasks'])}\n\nreport: {run / 'report.html'}")
     return results

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['World', 'read_world', 'init_distributed', 'sharded_sigmoid_loss', 'broadcast_parameters', 'average_gradients',
-           'shard_parameters', 'full', 'piece_like', 'gather_parameters', 'gather_values', 'barrier']
+           'shard_parameters', 'full', 'piece_like', 'gather_parameters', 'gather_values', 'gather_objects', 'barrier']
 
 # %% ../nbs/15_distributed.ipynb #a2c76a79
 import contextlib, os
@@ -198,6 +198,16 @@ def gather_values(
     return dict(zip(values, (numbers / world.size).tolist()))
 
 # %% ../nbs/15_distributed.ipynb #2ac9829d
+def gather_objects(
+    value, # anything that can be pickled
+    world:World
+) -> list: # the value of every rank
+    "Exchange what is not a tensor."
+    values = [value] * world.size
+    if world.size > 1: dist.all_gather_object(values, value)
+    return values
+
+
 def barrier(world:World):
     "Wait until every rank is here."
     if world.size > 1: dist.barrier(device_ids=[world.local_rank] if world.device.type == "cuda" else None)

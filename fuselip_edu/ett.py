@@ -190,8 +190,9 @@ ALL_PRESETS = ChainMap(ETT_PRESETS, FILIP_PRESETS, BASELINE_PRESETS, PRESETS)  #
 
 @torch.no_grad()
 def start_from(model:ETT, trained:FuseLIP): # the encoder of `trained`; its rows for codes give way to the projector
-    if (trained.config.width, trained.config.layers, trained.vocab.size) != (model.config.width, model.config.layers, model.vocab.size):
-        raise ValueError(f"encoder.start has {trained.config.layers} layers of {trained.config.width} and {trained.vocab.size} ids, but {model.config.layers} of {model.config.width} and {model.vocab.size} are asked for; give its sizes")
+    sizes = {field.name: (getattr(trained.config, field.name), getattr(model.config, field.name)) for field in dataclasses.fields(FuseLIPConfig)} | {"ids": (trained.vocab.size, model.vocab.size)}
+    for name, (has, asked) in sizes.items():
+        if has != asked: raise ValueError(f"encoder.start has {name} {has}, but {asked} is asked for; give its sizes")
     state = {name: value for name, value in trained.state_dict().items() if not name.startswith("token_embedding.")}
     model.load_state_dict(state, strict=False)
     model.token_embedding.words.weight.copy_(trained.token_embedding.weight[:model.vocab.first_code])

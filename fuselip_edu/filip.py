@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .batches import SourcePairs, open_data, tokenize_pairs
 from .core import load_image, load_weights, pick_device, progress, save_weights, seed_everything, write_json
 from .distributed import World
+from .evaluate import as_prompts
 from .fuselip import ItemEncoder, TokenizedItems, read_model_config, saved_text_tokenizer
 from .pairs import Item
 from .shapes import GRID, render
@@ -175,22 +176,22 @@ class FILIP(TokenizedItems, FILIPEncoder, ItemEncoder):
     def embed_items(self, items, batch_size:int=256): # list of `Item` -> list of (tokens, features), on the CPU
         was_training, found = self.training, []
         self.eval()
-        for start in progress(range(0, len(items), batch_size), "embedding"):
-            inputs = {name: value.to(self.device) for name, value in self.collate(items[start:start + batch_size]).items()}
-            found += [tokens[(tokens != 0).any(-1)] for tokens in self(**inputs).cpu()]
-        self.train(was_training)
+        try:
+            for start in progress(range(0, len(items), batch_size), "embedding"):
+                inputs = {name: value.to(self.device) for name, value in self.collate(items[start:start + batch_size]).items()}
+                found += [tokens[(tokens != 0).any(-1)] for tokens in self(**inputs).cpu()]
+        finally: self.train(was_training)
         return found
 
     def score_queries(self, queries, batch_size:int=256): # the mean of both views; list of `Query` -> a tensor of similarities for each, in the order of its candidates
-        prompts = lambda candidate: candidate if isinstance(candidate, tuple) else (candidate,)
-        items = list({id(item): item for query in queries for candidate in (query.item, *query.candidates) for item in prompts(candidate)}.values())
+        items = list({id(item): item for query in queries for candidate in (query.item, *query.candidates) for item in as_prompts(candidate)}.values())
         row, tokens = {id(item): at for at, item in enumerate(items)}, self.embed_items(items, batch_size)
         batched = lambda items: nn.utils.rnn.pad_sequence([tokens[row[id(item)]] for item in items], batch_first=True)
         scores = []
         for query in queries:
-            asked, flat = batched([query.item]), [item for candidate in query.candidates for item in prompts(candidate)]
+            asked, flat = batched([query.item]), [item for candidate in query.candidates for item in as_prompts(candidate)]
             both = token_similarity(asked, batched(flat)).mean(0)[0]
-            scores.append(torch.stack([part.mean() for part in both.split([len(prompts(candidate)) for candidate in query.candidates])]))
+            scores.append(torch.stack([part.mean() for part in both.split([len(as_prompts(candidate)) for candidate in query.candidates])]))
         return scores
 
 # %% ../nbs/19_filip.ipynb #831af47f
@@ -308,6 +309,8 @@ def build_filip(
     config:FILIPRun
 ): # (FILIP, pairs for `train`)
     "The model with fresh weights, and the data."
+    if config.train.mask_probability: raise ValueError("FILIP hides no tokens; leave --train.mask-probability at 0")
+    if config.train.loss != FILIPRun().train.loss: raise ValueError(f"FILIP's loss is --encoder.loss, which is {config.encoder.loss!r}; leave --train.loss alone")
     if config.ahead and config.encoder.patch_size: raise ValueError("patches are pixels, which are not kept; give --no-ahead")
     seed_everything(config.train.seed)
     image_tokenizer = TiTok.from_pretrained(tokenizer_place(config.tokenizer))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODEL_NAMES', 'FuseLIPConfig', 'MaskPredictionHead', 'init_encoder', 'find_ends', 'attention_mask', 'Encoded',
            'SequenceEncoder', 'make_items', 'embed_sequences', 'ItemEncoder', 'TokenizedItems', 'FuseLIP', 'model_card',
-           'read_model_config', 'saved_text_tokenizer', 'original_config', 'original_name', 'load_original_weights',
-           'load_original']
+           'model_kind', 'read_model_config', 'saved_text_tokenizer', 'original_config', 'original_name',
+           'load_original_weights', 'load_original']
 
 # %% ../nbs/08_fuselip.ipynb #d2007d0e
 import dataclasses, json, math, tempfile
@@ -158,6 +158,7 @@ def embed_sequences(
     batch_size:int=256
 ) -> torch.Tensor: # (n, width), unit vectors on the CPU, in the order of `sequences`
     "Embed in batches of similar length."
+    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     was_training = model.training
     model.eval()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -216,7 +217,7 @@ class FuseLIP(TokenizedItems, SequenceEncoder, ItemEncoder):
         batch_size:int=256
     ) -> torch.Tensor: # (n, width), unit vectors on the CPU, in order
         "Embed items; those that come to the same sequence are embedded once."
-        sequences = [tuple(sequence) for sequence in self.item_tokenizer(items)]
+        sequences = [tuple(sequence) for sequence in self.item_tokenizer(items, batch_size)]
         distinct = {sequence: row for row, sequence in enumerate(dict.fromkeys(sequences))}
         return embed_sequences(self, list(distinct), batch_size)[torch.tensor([distinct[sequence] for sequence in sequences], dtype=torch.int64)]
 
@@ -224,10 +225,9 @@ class FuseLIP(TokenizedItems, SequenceEncoder, ItemEncoder):
 def _save_pretrained(self, folder:str|Path):
     "Write config.json, model.safetensors, the text tokenizer and a card; each file appears whole or not at all."
     folder, text_tokenizer = Path(folder), self.item_tokenizer.text_tokenizer
-    kind = next(base.__name__ for base in type(self).__mro__ if base.__name__ in MODEL_NAMES) # FSDP2 puts a class of its own in front
     save_weights(self, folder / "model.safetensors")
     text_tokenizer.save(folder)
-    write_json(folder / "config.json", {"model": MODEL_NAMES[kind], "encoder": dataclasses.asdict(self.config),
+    write_json(folder / "config.json", {"model": MODEL_NAMES[model_kind(type(self))], "encoder": dataclasses.asdict(self.config),
                                         "image_tokenizer": dataclasses.asdict(self.image_tokenizer.config), "text_tokenizer": text_tokenizer.name})
     with atomic_path(folder / "README.md") as path: path.write_text(model_card(self, folder.name), encoding="utf-8")
 
@@ -257,7 +257,7 @@ def model_card(
 ) -> str: # Markdown with the header that the hub reads
     "What the model is, how large, and how to load it."
     count, fence = lambda parameters: f"{sum(p.numel() for p in parameters):,}", "`" * 3
-    config, image, text = model.config, model.image_tokenizer.config, model.item_tokenizer.text_tokenizer
+    config, image, text, kind = model.config, model.image_tokenizer.config, model.item_tokenizer.text_tokenizer, model_kind(type(model))
     return f"""---
 license: {licence}
 library_name: fuselip_edu
@@ -267,7 +267,7 @@ tags: [fuselip, multimodal, embeddings, early-fusion]
 
 # {name}
 
-A FuseLIP model: an image, a text, or both together become one unit vector of {config.width} numbers.{" Its weights come from a published checkpoint, whose quirks it keeps." * config.original}
+A {kind} model: an image, a text, or both together become one unit vector of {config.width} numbers.{" Its weights come from a published checkpoint, whose quirks it keeps." * config.original}
 
 | part | size |
 |---|---|
@@ -276,9 +276,9 @@ A FuseLIP model: an image, a text, or both together become one unit vector of {c
 | text tokenizer | {text.name}, {text.n_vocab:,} ids |
 
 {fence}python
-from fuselip_edu import FuseLIP
+from fuselip_edu import {kind}
 
-model = FuseLIP.from_pretrained("{name}")
+model = {kind}.from_pretrained("{name}")
 vectors = model.encode(images=["photo.jpg", None], texts=["make it blue", "a cat"])  # (2, {config.width})
 {fence}
 
@@ -287,6 +287,10 @@ Licence of the weights: {licence}.
 
 # %% ../nbs/08_fuselip.ipynb #305482d0
 MODEL_NAMES = {"FuseLIP": "fuselip", "LateFusion": "late_fusion", "FILIP": "filip", "ETT": "ett"}  # what config.json calls them
+
+
+def model_kind(kind): # a class -> the key of `MODEL_NAMES`: its own name, or that of the class that it is built on, such as FSDP2's
+    return next(base.__name__ for base in kind.__mro__ if base.__name__ in MODEL_NAMES)
 
 
 def read_model_config(
@@ -318,7 +322,7 @@ def _from_pretrained(cls,
     device:str="cpu" # as `pick_device` takes it
 ):
     "A saved model, ready to encode."
-    folder, config = read_model_config(id_or_folder, cls.__name__)
+    folder, config = read_model_config(id_or_folder, model_kind(cls))
     if "text_config" in config: return load_original(cls, folder, config).to(pick_device(device)).eval()
     path = folder / "config.json"
     encoder, sizes = saved_config(cls.config_class, config.get("encoder"), path, "encoder."), saved_config(TiTokConfig, config.get("image_tokenizer"), path, "image_tokenizer.")

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'PROBES', 'TITLES', 'CODEBOOKS', 'ABLATIONS', 'Comparison', 'run_folder', 'trial_config', 'flops_per_pair',
-           'Curve', 'run_trial', 'run_trials', 'paired_difference', 'summarise_trials', 'csv_tasks',
+           'Curve', 'fingerprint', 'run_trial', 'run_trials', 'paired_difference', 'summarise_trials', 'csv_tasks',
            'train_shared_tokenizer', 'told_apart', 'reproduce', 'reproduction_table', 'tasks_figure', 'claims_table',
            'curves_figure', 'kinds_figure', 'only', 'changed', 'ablate', 'ablation_table', 'modality_mask',
            'BlockedFusion', 'image_attention', 'fusion', 'rivals_table', 'modality_space']
 
 # %% ../nbs/21_reproduce.ipynb #8fb642e3
-import concurrent.futures, contextlib, copy, dataclasses, functools, json, multiprocessing, os, random, re, sys, time
+import concurrent.futures, contextlib, copy, dataclasses, functools, hashlib, json, multiprocessing, os, random, re, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,13 @@ from .baselines import BASELINE_PRESETS, load_model
 from .batches import open_data
 from .core import atomic_path, load_image, provenance, write_json
 from .ett import ALL_PRESETS, build_model
-from .evaluate import COLUMNS, PAPER_COLUMN, PUBLISHED, rank_queries, shapes_tasks, summarise
+from .evaluate import COLUMNS, PAPER_COLUMN, PUBLISHED, as_prompts, rank_queries, shapes_tasks, summarise
 from .fuselip import FuseLIP
 from .pairs import Item
 from .shapes import captions, render, scene_at
 from .sources import CSVSource, fit_tokenizer
 from .titok import TOKENIZER_PRESETS, TiTokConfig, TokenizerTrainConfig
-from .train import PRESETS, backward, make_batch, preset, train
+from .train import PRESETS, backward, epoch_batches, make_batch, preset, train
 from .transformer import key_mask
 
 # %% ../nbs/21_reproduce.ipynb #51df0062
@@ -81,16 +81,18 @@ def trial_config(
 def flops_per_pair(
     model,
     pairs, # as for `train`
-    config # a `TrainConfig`
+    config, # a `TrainConfig`
+    steps:int=4 # that are counted, the first of a run: batches differ a little
 ) -> float:
-    "Floating-point operations of the forward and backward pass of a training step, per pair, counted by PyTorch."
+    "Floating-point operations of the forward and backward pass of training steps, per pair, counted by PyTorch."
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     if hasattr(model, "start_step"): model.start_step(0, config.steps)
-    batch = make_batch(next(iter(pairs.batches([[list(range(config.batch_size))]]))), model, config, 0)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: backward(model, batch, config)  # it does not see a CPU's kernel of attention
+    batches = epoch_batches(pairs.groups, config, 0)[:steps]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # which does not see a CPU's own kernel of attention
+        for step, inputs in enumerate(pairs.batches(batches)): backward(model, make_batch(inputs, model, config, step), config)
     model.zero_grad()
-    return counter.get_total_flops() / len(batch)
+    return counter.get_total_flops() / len(batches) / config.batch_size
 
 # %% ../nbs/21_reproduce.ipynb #d12d3544
 PROBES = ("tgit", "position", "vqa", "retrieval")  # asked during training
@@ -120,6 +122,19 @@ class Curve:
         with atomic_path(self.path) as path: path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self.started += time.monotonic() - paused
 
+# %% ../nbs/21_reproduce.ipynb #f1702484
+def fingerprint(
+    tasks:dict # {name: list of `Query`}
+) -> str:
+    "Equal while every word and picture that is asked, and the order, are the same."
+    digest = hashlib.sha256()
+    for name, queries in tasks.items():
+        for query in queries:
+            for item in (query.item, *(prompt for candidate in query.candidates for prompt in as_prompts(candidate))):
+                shown = item.image.numpy().tobytes() if isinstance(item.image, torch.Tensor) else str(item.image).encode()
+                digest.update(repr((name, query.kind, len(query.candidates), item.text)).encode() + shown)
+    return digest.hexdigest()[:16]
+
 # %% ../nbs/21_reproduce.ipynb #a4d212b2
 def run_trial(
     config, # a `Config` or `BaselineConfig`
@@ -130,12 +145,12 @@ def run_trial(
 ) -> dict: # {"config", "parameters", "flops_per_pair", "seconds", "pairs", "curve", "answers": {task: "0101…"}}
     "Train one model and ask it every query; a finished trial is read back, an interrupted one goes on."
     folder = Path(folder)
-    settings = json.loads(json.dumps({"config": dataclasses.asdict(config), "queries": {name: len(queries) for name, queries in tasks.items()}}))
+    settings = json.loads(json.dumps({"config": dataclasses.asdict(config), "asked": fingerprint(tasks)}))
     path = folder / "trial.json"
     if path.exists():
         found = json.loads(path.read_text())
-        if {name: found[name] for name in settings} != settings:
-            raise ValueError(f"{str(folder)!r} holds a trial of another configuration; give another --run, or remove the folder")
+        if {name: found.get(name) for name in settings} != settings:
+            raise ValueError(f"{str(folder)!r} holds a trial of another configuration, or that was asked other queries; give another --run, or remove the folder")
         return found
     folder.mkdir(parents=True, exist_ok=True)
     model, pairs = build_model(config)
@@ -194,7 +209,9 @@ def run_trials(
             for future in done:
                 results[running[future]] = future.result()
                 _say(f"{running[future]}: done, {len(results)} of {len(trials)}", started)
-            if not done: _say("; ".join(f"{running[future]} at step {step}" for future in waiting if (step := _last_step(trials[running[future]][1]))), started)
+            if not done:
+                steps = {name: _last_step(trials[name][1]) for name in map(running.get, waiting)}
+                _say("; ".join(f"{name} at step {step}" for name, step in steps.items() if step) or "preparing", started)
     return {name: results[name] for name in trials}
 
 # %% ../nbs/21_reproduce.ipynb #f99a574b
@@ -265,7 +282,7 @@ def csv_tasks(
     if not paths: raise FileNotFoundError(f"no CSV in {str(folder)!r}; give a folder with one for each task")
     tasks = {}
     for path in paths:
-        source = CSVSource(path, Path(folder).resolve().parent if Path(folder).is_absolute() else Path(folder).parent)
+        source = CSVSource(path, Path(os.path.abspath(folder)).parent)
         found = source.queries(candidates, seed)
         ways = ["left to right"] if any(row["instruction"] for row in source.rows) else list(found)
         tasks[path.stem] = [dataclasses.replace(query, kind=way if len(ways) > 1 else "") for way in ways for query in found.get(way, [])]
@@ -280,11 +297,16 @@ def train_shared_tokenizer(
     sizes:TiTokConfig=TiTokConfig(),
     scenes:int=5000 # of shapes
 ):
-    "An image tokenizer that several trials share."
-    if (folder / "config.json").exists(): return
+    "An image tokenizer that several trials share; `ValueError` if the folder holds one that was trained in another way."
+    asked = json.loads(json.dumps({"data": data, "steps": steps, "scenes": scenes, "sizes": dataclasses.asdict(sizes)}))
+    if folder.exists():
+        if not (folder / "recipe.json").exists() or json.loads((folder / "recipe.json").read_text()) != asked: raise ValueError(f"{str(folder)!r} holds a tokenizer that was trained in another way; give another --run, or remove the folder")
+        return
     recipe = TokenizerTrainConfig(steps=steps, free_steps=min(steps // 4, TokenizerTrainConfig().free_steps))
     tokenizer, _ = fit_tokenizer(open_data(data, 7, sizes.image_size, scenes=scenes), sizes, recipe, watch=lambda row: print(row, file=sys.stderr, flush=True))
-    with atomic_path(folder) as path: tokenizer.save_pretrained(path)
+    with atomic_path(folder) as path:
+        tokenizer.save_pretrained(path)
+        write_json(path / "recipe.json", asked)
 
 # %% ../nbs/21_reproduce.ipynb #f0877866
 @torch.no_grad()
@@ -328,7 +350,8 @@ def reproduce(
         if asked.tokenizer_steps: train_shared_tokenizer(run / "tokenizer", asked.data, asked.tokenizer_steps, preset(asked.preset, TOKENIZER_PRESETS))
         done = run_trials(trials, ask, probe, asked.processes)
     found = {model: [done[f"{model}, seed {seed}"] for seed in range(asked.seeds)] for model in models}
-    results = {"preset": asked.preset, "command": command, "queries": asked.queries, "minutes": minutes()} | provenance() | summarise_trials(found, tasks)
+    results = {"preset": asked.preset, "command": command, "asked": fingerprint(tasks), "minutes": minutes()} | provenance() | summarise_trials(found, tasks)
+    if not asked.tests: results["queries"] = asked.queries
     if asked.tests and "fuselip" in models:
         tokenizer = load_model(run / "fuselip" / "seed-0").image_tokenizer
         results["told_apart"] = {task: told_apart(tokenizer, queries) for task, queries in tasks.items()}

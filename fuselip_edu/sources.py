@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PICTURES', 'PLACES', 'PAIRS_AN_IMAGE', 'HATEFUL', 'PROMPTS', 'PREFIXES', 'MMEB_SETS', 'NAMES', 'HUB',
-           'source_groups', 'ShapesSource', 'zip_members', 'inside', 'CSVSource', 'Texts', 'read_rows', 'TableSource',
-           'shard_index', 'ShardSource', 'plain_chance', 'random_resized_crop', 'AugmentedSource', 'data_files',
-           'load_rows', 'edit_pairs', 'HQEditSource', 'read_json', 'RegionSource', 'QuestionSource', 'mmeb_text',
-           'MMEBSource', 'open_captions', 'open_questions', 'open_source', 'stream_groups', 'source_images',
-           'fit_tokenizer']
+           'source_groups', 'ShapesSource', 'inside', 'CSVSource', 'Texts', 'read_rows', 'TableSource', 'shard_index',
+           'ShardSource', 'plain_chance', 'random_resized_crop', 'AugmentedSource', 'data_files', 'load_rows',
+           'edit_pairs', 'HQEditSource', 'read_json', 'RegionSource', 'QuestionSource', 'mmeb_text', 'MMEBSource',
+           'open_captions', 'open_questions', 'open_source', 'stream_groups', 'source_images', 'fit_tokenizer']
 
 # %% ../nbs/12_sources.ipynb #f6ea78b2
-import bisect, contextlib, csv, functools, json, os, random, re, tarfile, tempfile
+import bisect, contextlib, csv, functools, hashlib, json, os, random, re, tarfile, tempfile, zipfile
 from array import array
 from collections import defaultdict
 from dataclasses import replace
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import atomic_path, load_image, pick_device, progress, read_image, resize_image, seed_everything
+from .core import atomic_path, describe, load_image, open_archive, pick_device, progress, read_image, resize_image, seed_everything, split_member
 from .pairs import Item, Pair, Query
 from .shapes import scene_at, scene_pairs
 from .titok import TiTok, TiTokConfig, TokenizerTrainConfig, train_tokenizer
@@ -106,17 +105,6 @@ def _read_rows(path): # -> list of (line number, {column: cell}), every column p
     return rows
 
 # %% ../nbs/12_sources.ipynb #e50ba025
-@functools.lru_cache(maxsize=16)
-def zip_members(
-    path:Path
-) -> frozenset:
-    "Names of the members of a ZIP archive."
-    import zipfile
-    try:
-        with zipfile.ZipFile(path) as archive: return frozenset(archive.namelist())
-    except zipfile.BadZipFile as error: raise ValueError(f"{str(path)!r} is not a ZIP archive ({error})") from None
-
-
 def inside(
     root:str|Path, # the folder of a data set
     name:str, # a relative path that the data set holds
@@ -129,13 +117,14 @@ def inside(
 
 
 def _locate(folder, cell, root): # a cell of `image` or `target_image` -> the path that `load_image` reads
-    path, (archive, _, member) = Path(os.path.normpath(folder / cell.replace("\\", "/"))), cell.partition("#")
-    if not path.is_relative_to(os.path.normpath(root)) or "\0" in cell: raise ValueError(f"the path {cell!r} does not stay inside {str(root)!r}; move the file there, or link its folder")
-    if not path.is_file():
-        archive = folder / archive
-        if not archive.is_file(): raise FileNotFoundError(f"no image file at {str(archive)!r}")
-        if member not in zip_members(archive): raise FileNotFoundError(f"{str(archive)!r} has no member {member!r}")
-    return str(path)
+    path = os.path.normpath(folder / cell.replace("\\", "/"))
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)) or "\0" in cell: raise ValueError(f"the path {cell!r} does not stay inside {str(root)!r}; move the file there, or link its folder")
+    archive, member = split_member(path)
+    if not member and not os.path.isfile(path): raise FileNotFoundError(f"no image file at {path.partition('#')[0]!r}")
+    try: names = open_archive(archive).NameToInfo if member else ()
+    except zipfile.BadZipFile as error: raise ValueError(f"{archive!r} is not a ZIP archive ({error})") from None
+    if member and member not in names: raise FileNotFoundError(f"{archive!r} has no member {member!r}")
+    return path
 
 # %% ../nbs/12_sources.ipynb #8b99551b
 class CSVSource:
@@ -155,6 +144,7 @@ class CSVSource:
     def __len__(self): return len(self.rows)
 
     def __getitem__(self, index): # one `Pair` in a list; the same string for the same image
+        if not 0 <= index < len(self): raise IndexError(f"item {index} of a source of {len(self)}")
         row = self.rows[index]
         return [Pair(Item(self._paths[row["image"]], row["instruction"] or None), Item(self._paths[row["target_image"]], row["text"] or None))]
 
@@ -209,7 +199,9 @@ class Texts:
 
     def __len__(self): return len(self.ends) - 1
 
-    def __getitem__(self, index): return self.data[self.ends[index]:self.ends[index + 1]].decode()
+    def __getitem__(self, index):
+        if not 0 <= index < len(self): raise IndexError(f"item {index} of {len(self)} texts")
+        return self.data[self.ends[index]:self.ends[index + 1]].decode()
 
 # %% ../nbs/12_sources.ipynb #79d3716c
 def _json_rows(path): # yields (line number, {column: value})
@@ -251,7 +243,14 @@ def read_rows(
             if column not in row:
                 where = f" line {line}" if line else ""  # a Parquet file has no line with its columns
                 raise ValueError(f"{str(path)!r}{where} has the columns {', '.join(row) or '(none)'}; expected {', '.join(columns)}")
-        if number or path.suffix == ".jsonl": yield line, {column: "" if row[column] is None else row[column] for column in columns}
+        if number or path.suffix == ".jsonl": yield line, {column: _cell(row[column], f"{str(path)!r} line {line}: {column}") for column in columns}
+
+
+def _cell(value, where): # of a table -> a text
+    if isinstance(value, str): return value.strip()
+    if value is None: return ""
+    if isinstance(value, int | float): return str(value)
+    raise ValueError(f"{where} is {describe(value)}; expected a text")
 
 # %% ../nbs/12_sources.ipynb #2f5efe61
 def _picture(root, name, where): # the same, and the file must be there
@@ -738,8 +737,11 @@ def source_images(
     "The distinct images of a source's items: what an image tokenizer trains on."
     found = {}
     for pairs in source_groups(source):
-        for item in (item for pair in pairs for item in (pair.left, pair.right)):
-            if item.image is not None: found.setdefault(item.image if isinstance(item.image, str) else id(item.image), item.image)
+        for image in (item.image for pair in pairs for item in (pair.left, pair.right) if item.image is not None):
+            if isinstance(image, (str, torch.Tensor)): found.setdefault(image if isinstance(image, str) else id(image), image)
+            else:  # a decoded picture, too large to be kept as it is
+                pixels = load_image(image, size)
+                found.setdefault(hashlib.sha256(pixels.numpy().tobytes()).digest(), pixels)
         if len(found) >= n: break
     if not found: raise ValueError("the data has no images to train a tokenizer on; give rows with an image or target_image")
     return torch.stack([load_image(image, size) for image in progress(list(found.values())[:n], "reading images")])
@@ -756,6 +758,7 @@ def fit_tokenizer(
     seed_everything(recipe.seed)
     images = source_images(source, n, config.image_size)
     sample = images[:4000].float() / 255
+    if sample.std() < 1e-3: raise ValueError("the pictures are all of one colour, from which no tokenizer can learn; give others")
     tokenizer = TiTok(replace(config, pixel_mean=round(float(sample.mean()), 4), pixel_std=round(float(sample.std()), 4)))
     rows = train_tokenizer(tokenizer.to(pick_device(recipe.device)), images, recipe, watch)
     return tokenizer.cpu(), rows

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LATER_FIELDS', 'TINY_TOKENIZER', 'TOKENIZER_PRESETS', 'MODEL_SIZES', 'PIXEL_CODES', 'PIXEL_CODE_DIM',
            'PIXEL_CHANNELS', 'PUBLISHED', 'TiTokConfig', 'sincos_positions', 'TiTokEncoder', 'TiTokDecoder',
-           'place_latents', 'whole_products', 'TiTok', 'fetch_folder', 'weights_file', 'saved_config', 'build_from',
-           'read_titok_config', 'TokenizerTrainConfig', 'permute_colours', 'train_tokenizer', 'published_config',
-           'encoder_config', 'legacy_head', 'PixelBlock', 'PixelStage', 'PixelDecoder', 'paint']
+           'place_latents', 'whole_products', 'checked_pixels', 'TiTok', 'fetch_folder', 'weights_file', 'saved_config',
+           'build_from', 'read_titok_config', 'TokenizerTrainConfig', 'permute_colours', 'train_tokenizer',
+           'published_config', 'encoder_config', 'legacy_head', 'PixelBlock', 'PixelStage', 'PixelDecoder', 'paint']
 
 # %% ../nbs/05_titok.ipynb #1a15e086
 import contextlib, dataclasses, json, math, re
@@ -135,13 +135,25 @@ def place_latents(
 # %% ../nbs/05_titok.ipynb #8552b9ec
 @contextlib.contextmanager
 def whole_products(device): # in fp32: neither autocast nor TF32, in which a GPU convolves unless told not to; both turn an image's code into its neighbour now and then
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"): parts, name, whole = (matmul, cudnn.conv), "fp32_precision", "ieee"  # PyTorch 2.9 and later
+    else: parts, name, whole = (matmul, cudnn), "allow_tf32", False
+    before = [getattr(part, name) for part in parts]
     try:
-        with torch.backends.cudnn.flags(allow_tf32=False), torch.autocast(device.type, enabled=False): yield
-    finally: matmul.allow_tf32 = before
+        for part in parts: setattr(part, name, whole)
+        with torch.autocast(device.type, enabled=False): yield
+    finally:
+        for part, value in zip(parts, before): setattr(part, name, value)
 
 
+def checked_pixels(pixels, size): # (b, 3, size, size), uint8 or float in [0, 1] -> float in [0, 1]
+    if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size): raise ValueError(f"pixels must have the shape (b, 3, {size}, {size}), not {tuple(pixels.shape)}; `load_image(image, {size})` makes one such image")
+    if pixels.dtype == torch.uint8: return pixels.float() / 255
+    if not pixels.is_floating_point(): raise TypeError(f"pixels must be uint8, or floats in [0, 1], not {pixels.dtype}; convert them")
+    if pixels.numel() and not 0 <= pixels.amin() <= pixels.amax() <= 1: raise ValueError(f"pixels that are floats must lie in [0, 1], not in [{float(pixels.amin()):g}, {float(pixels.amax()):g}]; divide by 255, or give uint8")
+    return pixels
+
+# %% ../nbs/05_titok.ipynb #f310cc20
 class TiTok(nn.Module):
     "Images to a short sequence of codes, and back."
     def __init__(self, config:TiTokConfig):
@@ -162,12 +174,13 @@ class TiTok(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels): # (b, 3, s, s), uint8 or float in [0, 1] -> (b, n_latents), int64
-        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        pixels = checked_pixels(pixels, self.config.image_size).to(self.latent_tokens.dtype)
         with whole_products(pixels.device): return self.quantize(self.latents(pixels))[1]
 
     @torch.no_grad()
     def decode(self, indices): # (b, n_latents) -> (b, 3, s, s), float in [0, 1]; `RuntimeError` if the tokenizer came without decoder
         if self.decoder is None: raise RuntimeError("this tokenizer holds encoder and codebook only, as FuseLIP's checkpoints do; to decode, load a whole one with TiTok.from_pretrained")
+        if indices.ndim != 2 or indices.shape[1] != self.config.n_latents: raise ValueError(f"codes must have the shape (b, {self.config.n_latents}), not {tuple(indices.shape)}")
         decoded = self.decoder(self.quantize.decode(indices))
         pixels = paint(self, decoded) if self.config.legacy else decoded
         return (pixels * self.config.pixel_std + self.config.pixel_mean).clamp(0, 1)
@@ -281,6 +294,12 @@ class TokenizerTrainConfig:
     device: str = "auto"  # or cpu, cuda, cuda:1, mps; taken by `fit_tokenizer` (chapter 12)
     log_every: int = 100  # steps
 
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "reset_every", "log_every"):
+            if getattr(self, name) < 1: raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("free_steps", "lr", "warmup_steps"):
+            if getattr(self, name) < 0: raise ValueError(f"train.{name} must not be negative, and is {getattr(self, name)}")
+
 # %% ../nbs/05_titok.ipynb #a3700f27
 def permute_colours(
     pixels:torch.Tensor, # (b, 3, s, s)
@@ -308,7 +327,7 @@ def train_tokenizer(
     hold = 0.6 * config.steps
     for step in range(config.steps):
         decay = 1.0 if step < hold else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - hold) / (config.steps - hold)))
-        for group in optimizer.param_groups: group["lr"] = config.lr * min(1.0, (step + 1) / config.warmup_steps) * decay
+        for group in optimizer.param_groups: group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps)) * decay
         pixels = images[torch.randint(len(images), (config.batch_size,), generator=generator)].float() / 255
         pixels = permute_colours(pixels, config.permute_colours, generator).to(device)
         z, quantized = tokenizer.latents(pixels), step >= config.free_steps
@@ -323,6 +342,7 @@ def train_tokenizer(
         torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         optimizer.step()
         if quantized: seen.append(indices)
+        if not error.isfinite(): raise FloatingPointError(f"the error became {float(error)} at step {step}; lower the learning rate (--train.lr)")
         if (step + 1) % config.log_every == 0:
             used = torch.cat(seen) if seen else torch.zeros(0, dtype=torch.long)
             rows.append({"step": step + 1, "error": float(error.detach()), "perplexity": perplexity(used, tokenizer.config.n_codes) if seen else None,

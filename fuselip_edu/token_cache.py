@@ -113,7 +113,8 @@ def read_note(
     "The note of a finished part; None if it is not finished, or one of its files is not what the note says."
     path = _part_file(folder, view, part, "json")
     if not path.exists(): return None
-    note = json.loads(path.read_text(encoding="utf-8"))
+    try: note = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError: return None
     for name, file in note["files"].items():
         data = _part_file(folder, view, part, f"{name}.arrow")
         if not data.exists() or _checksum(data) != file["sha256"]: return None
@@ -225,6 +226,7 @@ def cache_cost(
 ) -> dict: # {"items", "images", "bytes", "seconds", "image_seconds", "image_bytes"}: of all views, and of one picture
     "What a cache will take, from a sample of its items, in one process."
     wanted = np.nonzero(wanted_items(source))[0]
+    if not len(wanted): raise ValueError("the data has no items to tokenize; give data with some")
     indices = sorted({int(wanted[int(at)]) for at in np.linspace(0, len(wanted) - 1, min(sample, len(wanted)))})
     reader, writer, started = SourcePairs(source, Sizes(plan["image_size"]), plan["seed"]), PartWriter(item_tokenizer), time.perf_counter()
     for index, found in read_items(reader, indices): writer.add(index, [] if isinstance(found, Unreadable) else found)
@@ -287,7 +289,7 @@ def open_cache(
     folder:str|Path,
     item_tokenizer:ItemTokenizer
 ) -> dict:
-    "The manifest; `ValueError` if the cache is unfinished, damaged, or of other tokenizers."
+    "The manifest; `ValueError` if the cache is unfinished, of other tokenizers, or lacks a part. Of the parts only sizes are compared; `tokenize_source` compares checksums."
     folder = Path(folder)
     if not (folder / "plan.json").exists(): raise FileNotFoundError(f"no token cache in {str(folder)!r}; make one with fuselip-edu tokenize --out {folder}")
     if not (folder / "manifest.json").exists():

@@ -115,6 +115,7 @@ class ItemTokenizer:
         batch_size:int=256
     ) -> list: # of lists of codes, one an image
         "Codes of the images, in batches."
+        if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         keys = [str(image) if isinstance(image, (str, os.PathLike)) else id(image) for image in images]
         distinct, codes = list(dict(zip(keys, images)).items()), {}
         size, device = self.image_tokenizer.config.image_size, self.image_tokenizer.latent_tokens.device
@@ -124,10 +125,11 @@ class ItemTokenizer:
         return [codes[key] for key in keys]
 
     def __call__(self,
-        items # list of `Item`
+        items, # list of `Item`
+        batch_size:int=256 # images encoded at once
     ) -> list: # of lists of ids
         "The sequence of every item."
-        codes, sequences = iter(self.codes([item.image for item in items if item.image is not None])), []
+        codes, sequences = iter(self.codes([item.image for item in items if item.image is not None], batch_size)), []
         for item in items:
             found = next(codes) if item.image is not None else ()
             text_ids = self.text_tokenizer.encode(item.text) if item.text else []

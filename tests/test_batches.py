@@ -1,8 +1,10 @@
 "Batches: groups and ranks; mixtures; ragged sequences; pairs to ids; random crops."
+import json
+
 import pytest
 import torch
 
-from fuselip_edu.batches import RECIPES, MixedSource, Sequences, SourcePairs, grouped_batches, kept_groups, open_data, tokenize_pairs
+from fuselip_edu.batches import RECIPES, BadItems, Unreadable, MixedSource, Sequences, SourcePairs, grouped_batches, kept_groups, open_data, tokenize_pairs
 from fuselip_edu.pairs import Item, Pair
 
 
@@ -174,3 +176,21 @@ def test_every_shard_has_its_size():
     fresh = SourcePairs(Uneven(), Reader())
     assert list(fresh.batches([[[0, 1, 3]], [[2, 0], [3, 1]]])) == [["0.0", "3.0", "0.0"], ["2.0", "2.1", "3.0", "3.0"]]
     with pytest.raises(ValueError, match="items 1, 4, 5 of the data have no pairs"): list(fresh.batches([[[1, 4, 5]]]))
+
+
+def test_a_share_is_not_cut_by_rounding_and_never_empty():
+    groups = [[index] for index in range(100)]
+    assert len(kept_groups(groups, 0.29)) == 29 and len(kept_groups(groups[:10], 2.3)) == 23
+    with pytest.raises(ValueError, match="a share of 0.001 keeps none of 100 groups; give at least 0.01"): kept_groups(groups, 0.001)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, not {size}"): grouped_batches(groups, size)
+
+
+def test_bad_items_are_counted_over_all_processes(tmp_path):
+    bad = [BadItems(1000, 0.002) for _ in range(3)]
+    for rank, one in enumerate(bad): assert one.passed_over(rank, Unreadable(f"broken {rank}")) == []
+    bad[1].join([bad[0].reasons, bad[1].reasons])  # two of a thousand are allowed
+    with pytest.raises(ValueError, match="3 of 1000 items cannot be read, more than 0.2 %.*--max-bad"): bad[0].join([one.reasons for one in bad])
+    (tmp_path / "bad.jsonl").write_text('{"item": 3, "reason": "x"}\n{"item": 4, "rea')
+    bad[2].write_to(tmp_path / "bad.jsonl")
+    assert [json.loads(line)["item"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == [3, 2]

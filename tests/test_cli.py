@@ -82,7 +82,8 @@ def test_a_run_can_be_resumed_and_not_overwritten(run, csv, root):
     same = [*TRAIN, "--data", f"csv:{csv}", "--run", run]
     assert "--resume" in failure(*same, root=root)
     assert command(*same, "--resume", root=root).returncode == 0
-    assert "train.lr" in failure(*same, "--train.lr", "0.5", root=root)
+    assert "train.lr" in failure(*same, "--resume", "--train.lr", "0.5", root=root)
+    assert command(*same, "--resume", "--max-bad", "2%", "--train.accumulation", "2", root=root).returncode == 0  # how it is done, not what it is
 
 
 def test_a_truncated_image_is_named_and_nothing_is_written(csv, root, tmp_path):
@@ -124,6 +125,15 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
     (["data", "get", "coco"], "coco"),
     (["data", "make-vqa", "--captions", "cc3m:no/such", "--model", "m", "--out", "x.csv"], "no/such"),
     (["data", "make-vqa", "--captions", "cc3m:no/such"], "--model"),
+    (["data", "check", "shapes", "--root", "README.md"], "shapes"),
+    (["train", "--run", "--resume"], "--run needs a value, as in --run NAME"),
+    (["train", "--preset="], "--preset needs a value"),
+    (["train", "--train.seconds", "-1", "--run", "runs/never"], "train.seconds must not be negative"),
+    (["demo", "--seconds", "-1", "--run", "runs/never"], "train.seconds must not be negative, and is -1"),
+    (["tokenize", "--scenes", "0", "--text-vocab", "0", "--out", "runs/never"], "no items to tokenize"),
+    (["train", "--preset", "tiny-sf", "--train.mask-probability", "0.1", "--run", "runs/never"], "late fusion hides no tokens"),
+    (["train", "--preset", "tiny-filip", "--train.mask-probability", "0.1", "--run", "runs/never"], "FILIP hides no tokens"),
+    (["train", "--preset", "tiny-filip", "--train.loss", "softmax", "--run", "runs/never"], "--encoder.loss"),
 ])
 def test_wrong_words(words, expected, root): assert expected in failure(*words, root=root)
 

@@ -252,3 +252,57 @@ def test_a_file_of_weights_cut_short_is_named(name, keep, tmp_path):
     core.save_weights(module, tmp_path / "model.safetensors")
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:keep] if keep < (tmp_path / name).stat().st_size else b"")
     with pytest.raises(ValueError, match=name): core.read_weights(tmp_path / name)
+
+
+# ---- lines of JSON, archives
+
+def test_lines_of_json_without_one_that_was_cut_short(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes('{"a": 1}\n{"b": "\u2028é"}\n{"c": '.encode())
+    assert core.json_lines(path) == [{"a": 1}, {"b": "\u2028é"}]
+    with open(path, "a", encoding="utf-8") as file: file.write('{"d": 4}\n')  # can be appended to again
+    assert core.json_lines(path)[2:] == [{"d": 4}]
+    path.write_text('{"a": 1}\n{"b"\n{"c": 3}\n')
+    with pytest.raises(ValueError, match="log.jsonl' line 2 is not JSON .*mend or remove"): core.json_lines(path)
+
+
+def test_a_number_sign_in_the_name_of_a_folder(tmp_path):
+    folder = tmp_path / "C# and D#"
+    folder.mkdir()
+    noise(4, 4, 3).save(folder / "a#1.png")
+    with zipfile.ZipFile(folder / "p#2.zip", "w") as archive: archive.write(folder / "a#1.png", "in#/b.png")
+    assert torch.equal(core.load_image(folder / "a#1.png"), core.load_image(f"{folder}/p#2.zip#in#/b.png"))
+    assert core.split_member(f"{folder}/p#2.zip#in#/b.png") == (f"{folder}/p#2.zip", "in#/b.png") and core.split_member(folder / "a#1.png") == (str(folder / "a#1.png"), "")
+
+
+def test_a_damaged_archive_is_an_unreadable_image(tmp_path):
+    noise(12, 12, 3).save(tmp_path / "a.bmp")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive: archive.write(tmp_path / "a.bmp", "a.bmp")
+    whole, refused = (tmp_path / "a.zip").read_bytes(), 0
+    for at in range(30, len(whole)):
+        path = tmp_path / f"{at}.zip"
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1:])
+        try: core.load_image(f"{path}#a.bmp")
+        except (ValueError, FileNotFoundError) as error:  # and nothing else
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 100
+
+
+def _squares(paths, found): found.put([int(core.load_image(path)[0, 0, 0]) for path in paths])
+
+
+def test_processes_that_are_forked_read_one_archive(tmp_path):
+    import multiprocessing
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for index in range(200):
+            Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / "a.png")
+            archive.write(tmp_path / "a.png", f"{index}.png")
+    paths = [f"{tmp_path}/a.zip#{index}.png" for index in range(200)]
+    assert int(core.load_image(paths[7])[0, 0, 0]) == 7  # this process has it open
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    processes = [context.Process(target=_squares, args=(paths, found)) for _ in range(3)]
+    for process in processes: process.start()
+    assert [found.get(timeout=60) for _ in processes] == [list(range(200))] * 3
+    for process in processes: process.join()

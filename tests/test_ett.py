@@ -200,7 +200,9 @@ def test_the_presets_build_and_a_trained_model_may_begin(tmp_path):
     model, _ = e.build_model(small("tiny-ett", start=str(tmp_path / "fuselip")))
     assert torch.equal(model.transformer.resblocks[1].mlp.c_fc.weight, trained.transformer.resblocks[1].mlp.c_fc.weight)
     assert torch.equal(model.token_embedding.words.weight, trained.token_embedding.weight[:model.vocab.first_code])
-    with pytest.raises(ValueError, match="encoder.start has 4 layers of 96 and .* but 2 of 96"): e.build_model(small("tiny-ett", start=str(tmp_path / "fuselip"), layers=2))
+    with pytest.raises(ValueError, match="encoder.start has layers 4, but 2 is asked for"): e.build_model(small("tiny-ett", start=str(tmp_path / "fuselip"), layers=2))
+    with pytest.raises(ValueError, match="encoder.start has heads 4, but 2 is asked for"): e.build_model(small("tiny-ett", start=str(tmp_path / "fuselip"), heads=2))
+    with pytest.raises(ValueError, match="encoder.start has context 64, but 80"): e.build_model(small("tiny-ett", start=str(tmp_path / "fuselip"), context=80))
 
 
 @pytest.mark.parametrize("changes,said", [({"init": "x"}, "starts from a FuseLIP"), ({"data": "cache:x"}, "not a token cache")])
@@ -220,7 +222,7 @@ def test_save_load_and_encode(pairs, tmp_path):
     model, items = fresh(joint_share=1.0), [e_item for group in source_groups(open_data("shapes", scenes=3, seed=3, size=32)) for pair in group for e_item in (pair.left, pair.right)][:30]
     train(model, pairs, settings(steps=2))
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model"] == "ett"
+    assert json.loads((tmp_path / "config.json").read_text())["model"] == "ett" and "ETT.from_pretrained" in (tmp_path / "README.md").read_text()
     for loaded in (e.ETT.from_pretrained(tmp_path), load_model(tmp_path)):
         assert isinstance(loaded, e.ETT) and loaded.config == model.config
         torch.testing.assert_close(loaded.embed_items(items), model.embed_items(items))

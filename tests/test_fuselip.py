@@ -1,5 +1,5 @@
 "Sequences and the encoder against their own promises; the original's numbers are in test_parity.py."
-import json, random, warnings
+import json, random, subprocess, sys, warnings
 from types import SimpleNamespace
 
 import pytest
@@ -298,3 +298,46 @@ def test_starting_values_are_the_papers():
 
 
 def test_embed_sequences_of_none(model): assert embed_sequences(model, []).shape == (0, 32)
+
+
+# What cannot be meant
+
+def test_a_batch_size_below_one_and_one_that_reaches_the_image_tokenizer(model, monkeypatch):
+    images = [torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8) for _ in range(5)]
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, not {size}"): model.encode(texts=["a"], batch_size=size)
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, not {size}"): model.encode(images=images, batch_size=size)
+    seen, encode = [], model.image_tokenizer.encode
+    monkeypatch.setattr(model.image_tokenizer, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    small = model.encode(images=images, batch_size=2)
+    assert seen == [2, 2, 1] and torch.allclose(small, model.encode(images=images), atol=1e-6)
+
+
+@pytest.mark.parametrize("pixels,error,message", [
+    (torch.zeros(2, 3, 16, 16, dtype=torch.int64), TypeError, "uint8, or floats in .*not torch.int64"),
+    (torch.full((2, 3, 16, 16), 200.0), ValueError, r"must lie in \[0, 1\], not in \[200, 200\]; divide by 255"),
+    (torch.full((2, 3, 16, 16), float("nan")), ValueError, "must lie in"),
+    (torch.zeros(3, 16, 16), ValueError, r"shape \(b, 3, 16, 16\), not \(3, 16, 16\)"),
+    (torch.zeros(2, 3, 32, 32), ValueError, r"shape \(b, 3, 16, 16\), not \(2, 3, 32, 32\)")])
+def test_pixels_that_cannot_be_meant(titok, pixels, error, message):
+    with pytest.raises(error, match=message): titok.encode(pixels)
+
+
+def test_codes_that_cannot_be_meant_and_pixels_in_half_precision(titok):
+    with pytest.raises(ValueError, match=r"shape \(b, 4\), not \(2, 1\)"): titok.decode(torch.zeros(2, 1, dtype=torch.int64))
+    pixels = torch.rand(2, 3, 16, 16).half()
+    assert torch.equal(titok.encode(pixels), titok.encode(pixels.float()))
+
+
+@pytest.mark.parametrize("code", ["torch.backends.fp32_precision = 'tf32'", "torch.set_float32_matmul_precision('medium')", "torch.backends.cuda.matmul.allow_tf32 = True", "torch.backends.cuda.matmul.fp32_precision = 'tf32'"])
+def test_products_are_whole_whatever_the_user_has_set_and_it_stays_so(code):
+    if "fp32_precision" in code and not hasattr(torch.backends, "fp32_precision"): pytest.skip("of a later PyTorch")
+    asked = "torch.get_float32_matmul_precision()" if "medium" in code else "torch.backends.cuda.matmul.fp32_precision" if "fp32" in code else "torch.backends.cuda.matmul.allow_tf32"
+    lines = ["import torch", "from fuselip_edu.titok import whole_products", code, f"before = {asked}", "with whole_products(torch.device('cpu')): torch.ones(2, 2) @ torch.ones(2, 2)", f"assert {asked} == before, (before, {asked})"]
+    subprocess.run([sys.executable, "-c", "; ".join(lines[:4]) + "\n" + "\n".join(lines[4:])], check=True)
+
+
+def test_a_model_built_on_another_loads_as_what_it_is(model, tmp_path):
+    class Mine(FuseLIP): pass
+    model.save_pretrained(tmp_path)
+    assert isinstance(Mine.from_pretrained(tmp_path), Mine)

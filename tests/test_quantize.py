@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fuselip_edu.quantize import FiniteScalarQuantizer, VectorQuantizer, nearest_code, perplexity, straight_through
+from fuselip_edu.titok import TiTok, TiTokConfig, TokenizerTrainConfig, train_tokenizer
 
 
 @pytest.mark.parametrize("n, k, d", [(1, 1, 1), (500, 64, 2), (300, 256, 12), (200, 1000, 64)])
@@ -151,3 +152,21 @@ def test_finite_scalar_gradient_is_that_of_the_squashing():
     s = z.detach().sigmoid()
     assert torch.allclose(z.grad, 2 * s * (1 - s), atol=1e-6)
     with pytest.raises(ValueError, match="2 levels"): FiniteScalarQuantizer((8, 1))
+
+
+# Training an image tokenizer
+
+SIZES = TiTokConfig(image_size=16, patch_size=8, n_latents=4, n_codes=16, width=16, layers=1, heads=2, decoder_width=16, decoder_layers=1, decoder_heads=2)
+
+
+@pytest.mark.parametrize("name,value,message", [("steps", 0, "at least 1"), ("log_every", 0, "at least 1"), ("reset_every", 0, "at least 1"), ("batch_size", 0, "at least 1"), ("lr", -1, "not be negative"), ("warmup_steps", -1, "not be negative")])
+def test_recipes_that_cannot_be_meant(name, value, message):
+    with pytest.raises(ValueError, match=f"train.{name} must {'be' if message[0] == 'a' else ''}.*{message}.*{value}"): TokenizerTrainConfig(**{name: value})
+
+
+def test_an_error_that_is_no_number_stops_the_training():
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    with pytest.raises(FloatingPointError, match="the error became .* at step .*--train.lr"):
+        train_tokenizer(TiTok(SIZES), images, TokenizerTrainConfig(steps=30, free_steps=10, lr=1e30, warmup_steps=0, batch_size=4))
+    rows = train_tokenizer(TiTok(SIZES), images, TokenizerTrainConfig(steps=4, free_steps=2, warmup_steps=0, batch_size=4, log_every=2))
+    assert [row["step"] for row in rows] == [2, 4]

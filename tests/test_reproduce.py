@@ -100,7 +100,7 @@ def test_an_interrupted_trial_ends_as_if_it_had_not_been(tasks, probes, tmp_path
 
 @pytest.mark.parametrize("change", [{"lr": 1e-3}, {"seed": 1}])
 def test_a_trial_of_another_configuration_is_not_overwritten(change, tasks, tmp_path):
-    (tmp_path / "trial.json").write_text(json.dumps({"config": dataclasses.asdict(small("sf")), "queries": {name: len(queries) for name, queries in tasks.items()}}))
+    (tmp_path / "trial.json").write_text(json.dumps({"config": dataclasses.asdict(small("sf")), "asked": r.fingerprint(tasks)}))
     with pytest.raises(ValueError, match="another configuration.*--run"): r.run_trial(small("sf", **change), tmp_path, tasks, {})
     with pytest.raises(ValueError, match="another configuration"): r.run_trial(small("sf"), tmp_path, shapes_tasks(20, 0, 32, ("tgit",)), {})
 
@@ -393,3 +393,36 @@ def test_the_table_of_rivals_says_what_codes_could_tell():
     told = r.rivals_table(results | {"told_apart": {"edit": 0.13, "name": None}}).splitlines()
     assert told[0] == plain[0] + " codes tell |" and told[1] == plain[1] + "---|"
     assert told[2] == plain[2] + " 13 |" and told[3] == plain[3] + " |"
+
+
+# ---- what was asked, and of what
+
+def test_the_fingerprint_is_of_every_word_picture_and_candidate(tasks):
+    assert r.fingerprint(tasks) == r.fingerprint(ask()) != r.fingerprint(shapes_tasks(20, 1, 32, NAMES))
+    name = "position"
+    first, *rest = tasks[name]
+    image = first.candidates[1].image.clone()
+    image[0, 0, 0] += 1
+    for query in (dataclasses.replace(first, kind="x"), dataclasses.replace(first, item=Item(first.item.image, "other words")), dataclasses.replace(first, candidates=first.candidates[:-1]),
+                  dataclasses.replace(first, candidates=(first.candidates[0], Item(image), *first.candidates[2:]))):
+        assert r.fingerprint(tasks | {name: [query, *rest]}) != r.fingerprint(tasks)
+
+
+def test_a_tokenizer_of_another_recipe_is_not_taken_for_this_one(tmp_path):
+    make = lambda steps: r.train_shared_tokenizer(tmp_path / "tokenizer", "shapes", steps, TOKENIZER_PRESETS["tiny"], scenes=20)
+    make(4)
+    written = (tmp_path / "tokenizer" / "model.safetensors").stat().st_mtime_ns
+    make(4)
+    assert (tmp_path / "tokenizer" / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="trained in another way; give another --run"): make(5)
+
+
+def test_operations_are_those_of_shuffled_batches(built):
+    model, pairs = built["sf"]
+    config = small("sf").train
+    found = r.flops_per_pair(model, pairs, config)
+    in_order = [[list(range(config.batch_size))]]
+    def counted(batches): # the towers see an image or a text of a batch once
+        distinct = lambda batch: len({tuple(pixels.flatten().tolist()) for pixels, shown in zip(batch["pixels"], batch["has_image"]) if shown})
+        return [distinct(batch) for batch in pairs.batches(batches)]
+    assert min(counted(r.epoch_batches(pairs.groups, config, 0)[:2])) > 1.2 * counted(in_order)[0] and found == r.flops_per_pair(model, pairs, config)

@@ -806,3 +806,57 @@ def test_a_scene_without_some_of_its_parts_keeps_the_others():
     assert texts(whole, part.parts) == texts(part, part.parts) and len(texts(part, part.parts)) > 20
     with pytest.raises(ValueError, match="no part 'colour'"): ShapesSource(3, without="colour")
     with pytest.raises(ValueError, match="nothing is left"): ShapesSource(3, without="caption,vqa,edit,region,tgit")
+
+
+def test_a_table_named_from_its_own_folder_cannot_reach_outside_either(folder, monkeypatch):
+    (folder / "set").mkdir()
+    (folder / "set" / "table.csv").write_text("image,text\n../red.png,one\n")
+    (folder / "set" / "inside.csv").write_text("image,text\nred.png,one\n")
+    (folder / "set" / "red.png").write_bytes((folder / "red.png").read_bytes())
+    monkeypatch.chdir(folder / "set")
+    for path in ("table.csv", "./table.csv", folder / "set" / "table.csv"):
+        with pytest.raises(ValueError, match="line 2: the path '../red.png' does not stay inside"): CSVSource(path)
+    for root in (None, ".", folder / "set", folder): assert colour_of(CSVSource("inside.csv", root)[0][0].left) == COLOURS["red"]
+
+
+def test_an_archive_that_has_changed_is_read_again(folder):
+    with pytest.raises(FileNotFoundError, match="has no member 'new.png'"): table(folder, "image,text\npictures.zip#new.png,one\n")
+    with zipfile.ZipFile(folder / "pictures.zip", "a") as archive: archive.write(folder / "red.png", "new.png")
+    for cell in ("pictures.zip#new.png", "deep\\..\\pictures.zip#new.png"): assert colour_of(table(folder, f"image,text\n{cell},one\n")[0][0].left) == COLOURS["red"]
+    (folder / "no.zip").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="no.zip' is not a ZIP archive"): table(folder, "image,text\nno.zip#a.png,one\n")
+
+
+def test_there_is_no_item_before_the_first(folder):
+    for source in (table(folder, "image,text\nred.png,one\n"), ShapesSource(3)):
+        for index in (-1, len(source)):
+            with pytest.raises(IndexError, match=f"item {index} of"): source[index]
+    with pytest.raises(IndexError, match="item -1 of 2 texts"): Texts(["a", "b"])[-1]
+
+
+def test_cells_that_are_numbers_or_spaces(folder):
+    path = folder / "table.jsonl"
+    rows = [{"path": "red.png", "caption": 3}, {"path": "red.png", "caption": "  "}, {"path": "red.png", "caption": None}, {"path": "red.png", "caption": " two "}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = TableSource(path)
+    assert [[pair.right.text for pair in source[index]] for index in range(4)] == [["3"], [], [], ["two"]]
+    path.write_text(json.dumps({"path": "red.png", "caption": ["a", "b"]}) + "\n")
+    with pytest.raises(ValueError, match="table.jsonl' line 1: caption is list .*expected a text"): TableSource(path)
+
+
+def test_decoded_pictures_are_squashed_as_they_are_found():
+    class Decoded:
+        groups = [[index] for index in range(6)]
+        def __getitem__(self, index): return [sources.Pair(sources.Item(Image.new("RGB", (300, 200), (index % 3, 0, 0))), sources.Item(text="x"))]
+
+    images = source_images(Decoded(), 10, 8)
+    assert images.shape == (3, 3, 8, 8) and images[:, 0, 0, 0].tolist() == [0, 1, 2]  # equal pictures once
+
+
+def test_one_colour_teaches_no_tokenizer():
+    with pytest.raises(ValueError, match="all of one colour"): sources.fit_tokenizer(_White(), sources.TiTokConfig(), sources.TokenizerTrainConfig(device="cpu"))
+
+
+class _White:
+    groups = [[0]]
+    def __getitem__(self, index): return [sources.Pair(sources.Item(torch.full((3, 32, 32), 255, dtype=torch.uint8)), sources.Item(text="x"))]

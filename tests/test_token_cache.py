@@ -169,3 +169,17 @@ def test_the_commands(tmp_path, capsys):
     for wrong, message in ((["--views", "0"], "views must be at least 1"), (["--rank", "3", "--world", "2"], "there is no rank 3 among 2"), (["--max-bad", "half"], "'half' is not a share"), (["--seed", "4"], "another plan: seed is 0 there and 4 here"), (["--world", "4"], "--world 4 needs a --rank")):
         assert main([*words, *wrong]) == 1 and message in capsys.readouterr().err
     assert main(["train", "--data", f"cache:{tmp_path / 'nothing'}", "--run", str(tmp_path / "other")]) == 1 and "no token cache in" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_half_a_note_is_no_note(tokenizer, tmp_path):
+    made(ShapesSource(4), tokenizer, tmp_path, block=16)
+    note = next(tmp_path.glob("view-00/part-*.json"))
+    note.write_text(note.read_text()[:40])
+    assert read_note(tmp_path, 0, 0) is None
+    made(ShapesSource(4), tokenizer, tmp_path, block=16)
+    assert read_note(tmp_path, 0, 0)["pairs"] > 0
+
+
+def test_nothing_to_tokenize_is_said(tokenizer):
+    source = ShapesSource(0)
+    with pytest.raises(ValueError, match="no items to tokenize"): cache_cost(source, tokenizer, cache_plan(source, tokenizer, "test"))

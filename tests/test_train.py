@@ -1,8 +1,11 @@
 "The loop: resume, checkpoints, accumulation, shards, a full disk; pairs that are read when needed; the paper's presets."
+import dataclasses
 import functools
+import json
 import os
 import pickle
 import resource
+import signal
 import subprocess
 import sys
 
@@ -17,8 +20,7 @@ from fuselip_edu.distributed import World
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
 from fuselip_edu.train import (PRESETS, TrainConfig, backward, batches_from, build, epoch_batches, load_checkpoint, make_batch, make_optimizer, orthogonalised,
-                               parameter_groups, preset,
-                               save_checkpoint, steps_an_epoch, train, twins)
+                               open_run, parameter_groups, preset, save_checkpoint, seconds_trained, steps_an_epoch, train, twins, update)
 
 
 def small_model(seed=0, width=32):
@@ -314,3 +316,84 @@ def test_too_little_data_is_an_error_of_build():
 def test_too_little_data_writes_nothing(pairs, tmp_path):
     with pytest.raises(ValueError, match="do not fill one batch of 4096"): train(small_model(), pairs, settings(batch_size=4096), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ---- what is left of a run, and what may change when it goes on
+
+def test_a_checkpoint_that_was_never_finished_does_not_count(pairs, tmp_path):
+    model = small_model()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
+    save_checkpoint(tmp_path, model, optimizer, 4)
+    (tmp_path / "step-00000004.json").unlink()  # killed between the two
+    assert load_checkpoint(tmp_path, model, optimizer) == 0
+    save_checkpoint(tmp_path, model, optimizer, 2)
+    assert load_checkpoint(tmp_path, model, optimizer) == 2
+
+
+def test_what_was_just_saved_is_never_taken_away(tmp_path):
+    model = small_model()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
+    for step in (8, 12, 4): save_checkpoint(tmp_path, model, optimizer, step, keep=1)
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} == {"step-00000004", "step-00000012"}
+
+
+def test_a_folder_with_checkpoints_is_resumed_or_refused(pairs, tmp_path):
+    rows = train(small_model(), pairs, settings(), tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run; resume it, or give another folder"): train(small_model(), pairs, settings(), tmp_path)
+    assert train(small_model(), pairs, settings(steps=16), tmp_path, resume=True)[:12] == rows
+
+
+def test_half_a_line_in_the_log_does_not_stop_a_resume(pairs, tmp_path):
+    train(small_model(), pairs, settings(), tmp_path)
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 13, "pai')
+    train(small_model(), pairs, settings(steps=13), tmp_path, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(whole) and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 13
+
+
+def test_the_clock_of_a_run_goes_on_when_it_is_resumed(pairs, tmp_path):
+    train(small_model(), pairs, settings(steps=4), tmp_path)
+    first = seconds_trained(tmp_path)
+    assert first > 0 == seconds_trained(tmp_path / "nowhere")
+    train(small_model(), pairs, settings(steps=8), tmp_path, resume=True)
+    assert seconds_trained(tmp_path) > first
+    spent = json.loads((tmp_path / "speed.json").read_text()) | {"seconds_in_all": 100.0}
+    (tmp_path / "speed.json").write_text(json.dumps(spent))
+    assert [row["step"] for row in train(small_model(), pairs, settings(steps=12, seconds=50), tmp_path, resume=True)][8:] == [9]  # its time was over
+
+
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_exactly(pairs, tmp_path):
+    whole, resumed = small_model(), small_model(seed=3)
+    rows = train(whole, pairs, settings(checkpoint_every=100), tmp_path / "whole")
+
+    def press(step, model):
+        if step == 6: signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt): train(small_model(), pairs, settings(checkpoint_every=100), tmp_path / "cut", watch=press)
+    assert [path.stem for path in (tmp_path / "cut" / "checkpoints").glob("*.json")] == ["step-00000007"]
+    assert train(resumed, pairs, settings(checkpoint_every=100), tmp_path / "cut", resume=True) == rows and torch.equal(weights(resumed), weights(whole))
+
+
+def test_infinite_gradients_do_not_reach_the_weights(pairs):
+    model = small_model()
+    optimizer, before = make_optimizer(model, settings()), weights(model).clone()
+    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    model.token_embedding.weight.grad[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match="the gradient's norm became inf"): update(model, optimizer, 1e-3, 1.0)
+    with pytest.raises(FloatingPointError, match="the loss became nan"): update(model, optimizer, 1e-3, 1.0, float("nan"))
+    assert torch.equal(weights(model), before)
+
+
+def test_what_a_run_is_may_not_change_and_how_it_is_done_may(tmp_path):
+    config = dataclasses.asdict(preset("tiny"))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    other = lambda **changes: config | {name: value for name, value in changes.items() if "_" != name[0]} | {"train": config["train"] | changes.get("train", {})}
+    for changes in ({"max_bad": "1%"}, {"workers": 3}, {"train": {"accumulation": 8}}, {"train": {"device": "cpu", "chunk": 64, "keep": 5}}):
+        assert open_run(tmp_path, other(**changes), resume=True) == tmp_path
+    for changes, name in (({"scenes": 3}, "scenes"), ({"train": {"lr": 1.0}}, "train.lr"), ({"train": {"steps": 3}}, "train.steps")):
+        with pytest.raises(ValueError, match=f"another configuration \\({name} is"): open_run(tmp_path, other(**changes), resume=True)
+
+
+@pytest.mark.parametrize("name,value", [("seconds", -1), ("epochs", -1), ("lr", -0.1), ("warmup_steps", -3), ("weight_decay", -1), ("mask_weight", -1), ("mask_probability", 3)])
+def test_what_is_less_than_nothing_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"train.{name} .*{value}"): TrainConfig(**{name: value})
