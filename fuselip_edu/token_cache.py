@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRANSFORM', 'CAPTION_SETS', 'image_tokenizer_digest', 'text_tokenizer_digest', 'PartWriter', 'write_part',
-           'read_note', 'cache_plan', 'parts_of', 'wanted_items', 'read_items', 'tokenize_source', 'finish_cache',
-           'cache_cost', 'cost_table', 'Part', 'open_cache', 'saved_text', 'ahead_of_time', 'View', 'CachedPairs']
+           'read_note', 'tables_digest', 'cache_plan', 'parts_of', 'wanted_items', 'read_items', 'tokenize_source',
+           'finish_cache', 'cache_cost', 'cost_table', 'Part', 'open_cache', 'saved_text', 'ahead_of_time', 'View',
+           'CachedPairs']
 
 # %% ../nbs/14_token_cache.ipynb #549b13e5
 import contextlib, dataclasses, hashlib, json, queue, tempfile, threading, time
@@ -124,6 +125,13 @@ def read_note(
 TRANSFORM = "random window of 90 to 100 % of the area, for every picture that is not final"
 
 
+def tables_digest(source): # of the tables that a source and those inside it are read from; "" for one that is made
+    inner = [*getattr(source, "sources", {}).values(), *filter(None, [getattr(source, "source", None)])]
+    found = [_checksum(source.path)] if isinstance(getattr(source, "path", None), Path) else []
+    found += filter(None, map(tables_digest, inner))
+    return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest() if found else ""
+
+
 def cache_plan(
     source, # anything with `groups`, `len` and `source[i]`
     item_tokenizer:ItemTokenizer,
@@ -136,7 +144,7 @@ def cache_plan(
     sizes, text = item_tokenizer.image_tokenizer.config, item_tokenizer.text_tokenizer
     if views < 1: raise ValueError(f"views must be at least 1, not {views}")
     if text.n_vocab > 65_536 or sizes.n_codes > 65_536: raise ValueError(f"ids are kept in two bytes, but there are {max(text.n_vocab, sizes.n_codes):,} of them")
-    return {"format": 1, "data": data, "seed": seed, "items": len(source), "views": views, "block": block or max(4096, -(-len(source) // 256)),
+    return {"format": 1, "data": data, "seed": seed, "items": len(source), "tables": tables_digest(source), "views": views, "block": block or max(4096, -(-len(source) // 256)),
             "image_size": sizes.image_size, "n_latents": sizes.n_latents, "n_codes": sizes.n_codes, "image_tokenizer": image_tokenizer_digest(item_tokenizer.image_tokenizer),
             "text": text.name, "text_tokenizer": text_tokenizer_digest(text), "transform": TRANSFORM}
 

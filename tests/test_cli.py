@@ -125,7 +125,6 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
     (["data", "get", "coco"], "coco"),
     (["data", "make-vqa", "--captions", "cc3m:no/such", "--model", "m", "--out", "x.csv"], "no/such"),
     (["data", "make-vqa", "--captions", "cc3m:no/such"], "--model"),
-    (["data", "check", "shapes", "--root", "README.md"], "shapes"),
     (["train", "--run", "--resume"], "--run needs a value, as in --run NAME"),
     (["train", "--preset="], "--preset needs a value"),
     (["train", "--train.seconds", "-1", "--run", "runs/never"], "train.seconds must not be negative"),

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from fuselip_edu.batches import SourcePairs, grouped_batches, tokenize_pairs
+from fuselip_edu.batches import MixedSource, SourcePairs, grouped_batches, tokenize_pairs
 from fuselip_edu.cli import main
 from fuselip_edu.pairs import Item, Pair
 from fuselip_edu.sources import CSVSource, ShapesSource, source_groups
@@ -183,3 +183,15 @@ def test_half_a_note_is_no_note(tokenizer, tmp_path):
 def test_nothing_to_tokenize_is_said(tokenizer):
     source = ShapesSource(0)
     with pytest.raises(ValueError, match="no items to tokenize"): cache_cost(source, tokenizer, cache_plan(source, tokenizer, "test"))
+
+
+def test_a_table_that_has_changed_is_not_continued(tokenizer, tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    path = tmp_path / "pairs.csv"
+    path.write_text("image,text\na.png,a red circle\na.png,red\n")
+    plan = lambda: cache_plan(CSVSource(path), tokenizer, f"csv:{path}")
+    tokenize_source(CSVSource(path), tokenizer, tmp_path / "cache", plan())
+    tokenize_source(CSVSource(path), tokenizer, tmp_path / "cache", plan())
+    path.write_text("image,text\na.png,a red square\na.png,red\n")
+    with pytest.raises(ValueError, match="a cache of another plan: tables is"): tokenize_source(CSVSource(path), tokenizer, tmp_path / "cache", plan())
+    assert cache_plan(ShapesSource(2), tokenizer, "shapes")["tables"] == "" != plan()["tables"] == cache_plan(MixedSource({"a": CSVSource(path)}), tokenizer, "x")["tables"]
