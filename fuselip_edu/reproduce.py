@@ -6,8 +6,8 @@
 __all__ = ['MODELS', 'PROBES', 'TITLES', 'CODEBOOKS', 'ABLATIONS', 'Comparison', 'run_folder', 'trial_config', 'flops_per_pair',
            'Curve', 'fingerprint', 'run_trial', 'run_trials', 'paired_difference', 'summarise_trials', 'csv_tasks',
            'train_shared_tokenizer', 'told_apart', 'reproduce', 'reproduction_table', 'tasks_figure', 'claims_table',
-           'curves_figure', 'kinds_figure', 'only', 'changed', 'ablate', 'ablation_table', 'modality_mask',
-           'BlockedFusion', 'image_attention', 'fusion', 'rivals_table', 'modality_space']
+           'curves_figure', 'kinds_figure', 'only', 'changed', 'summarise_ablations', 'ablate', 'ablation_table',
+           'modality_mask', 'BlockedFusion', 'image_attention', 'fusion', 'rivals_table', 'modality_space']
 
 # %% ../nbs/21_reproduce.ipynb #8fb642e3
 import concurrent.futures, contextlib, copy, dataclasses, functools, hashlib, json, multiprocessing, os, random, re, sys, time
@@ -82,15 +82,17 @@ def flops_per_pair(
     model,
     pairs, # as for `train`
     config, # a `TrainConfig`
-    steps:int=4 # that are counted, the first of a run: batches differ a little
+    steps:int=5 # that are counted, over the whole of a run: batches differ a little, and parts of a model may learn for a time only
 ) -> float:
     "Floating-point operations of the forward and backward pass of training steps, per pair, counted by PyTorch."
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    if hasattr(model, "start_step"): model.start_step(0, config.steps)
     batches = epoch_batches(pairs.groups, config, 0)[:steps]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # which does not see a CPU's own kernel of attention
-        for step, inputs in enumerate(pairs.batches(batches)): backward(model, make_batch(inputs, model, config, step), config)
+        for at, inputs in enumerate(pairs.batches(batches)):
+            step = int((at + 0.5) / len(batches) * config.steps)
+            if hasattr(model, "start_step"): model.start_step(step, config.steps)
+            backward(model, make_batch(inputs, model, config, step), config)
     model.zero_grad()
     return counter.get_total_flops() / len(batches) / config.batch_size
 
@@ -196,7 +198,8 @@ def run_trials(
     ask, # ask() gives the tasks of `run_trial`: each process makes its own, since thousands of pictures are slow to send
     probe, # probe() gives its probes
     processes:int=0, # at once, each with one thread; 0 takes the number of cores, or 1 with a GPU
-    prepare:dict|None=None # {name: called before that trial, in its process}
+    prepare:dict|None=None, # {name: called before that trial, in its process}
+    watch=None # called with the results so far, whenever a trial is done
 ) -> dict: # {name: result of `run_trial`}
     "Run trials side by side; each uses one thread, so its numbers do not depend on how many run."
     results, prepare, started = {}, prepare or {}, time.monotonic()
@@ -209,6 +212,7 @@ def run_trials(
             for future in done:
                 results[running[future]] = future.result()
                 _say(f"{running[future]}: done, {len(results)} of {len(trials)}", started)
+                if watch: watch(results)
             if not done:
                 steps = {name: _last_step(trials[name][1]) for name in map(running.get, waiting)}
                 _say("; ".join(f"{name} at step {step}" for name, step in steps.items() if step) or "preparing", started)
@@ -517,12 +521,27 @@ def changed(
         setattr(place, field, value)
     return config
 
+# %% ../nbs/21_reproduce.ipynb #fd709a7d
+def summarise_ablations(
+    done:dict, # {row of `ABLATIONS`: result of `run_trial`}, of those that are finished
+    tasks:dict # {task: list of `Query`}
+) -> dict: # {"models", "claims"}
+    "Accuracies, and differences to the row that each is compared to: \"nothing\", or for a tokenizer that was trained for the table the first of these."
+    groups, parts = {"nothing": [], next(iter(CODEBOOKS)): []}, []
+    for name, changes in ABLATIONS.items(): groups[next(iter(CODEBOOKS)) if changes.get("tokenizer") in CODEBOOKS else "nothing"].append(name)
+    for base, names in groups.items():
+        found = {name: [done[name]] for name in names if name in done}
+        if base in found: parts.append(summarise_trials(found, tasks, base))
+    models = {name: part["models"][name] for name in ABLATIONS for part in parts if name in part["models"]}
+    for row in models.values(): del row["curves"], row["answers"]
+    return {"models": models, "claims": [claim for part in parts for claim in part["claims"]]}
+
 # %% ../nbs/21_reproduce.ipynb #446ebeb8
 def ablate(
     asked:Comparison=Comparison(ablations=True),
     command:str="" # that asked for it, to be written down
 ) -> dict: # what results.json holds
-    "Train FuseLIP once for every row of `ABLATIONS`, ask it every task, and write results.json; what is finished is not done again."
+    "Train FuseLIP once for every row of `ABLATIONS`, ask it every task, and write results.json after each; what is finished is not done again."
     _check(asked)
     run, whole, trials, prepare = run_folder(asked), trial_config("fuselip", 0, asked), {}, {}
     steps, usual = asked.tokenizer_steps or TokenizerTrainConfig().steps, preset(asked.preset, TOKENIZER_PRESETS)
@@ -533,15 +552,14 @@ def ablate(
             sizes, config.tokenizer = dataclasses.replace(usual, **CODEBOOKS[config.tokenizer]), str(run / "tokenizers" / at)
             prepare[name] = functools.partial(train_shared_tokenizer, Path(config.tokenizer), asked.data, steps, sizes, whole.scenes)
         trials[name] = config, run / at
-    with _counted(run / "minutes.json") as minutes: done = run_trials(trials, ask, dict, asked.processes, prepare)
-    tasks, bases = ask(), {name: next(iter(prepare)) if name in prepare else "nothing" for name in trials}  # what each row is compared to
-    parts = [summarise_trials({name: [done[name]] for name in trials if bases[name] == base}, tasks, base) for base in dict.fromkeys(bases.values())]
-    models = {name: part["models"][name] for name in trials for part in parts if name in part["models"]}
-    for row in models.values(): del row["curves"], row["answers"]
-    results = {"preset": asked.preset, "command": command, "queries": asked.queries, "minutes": minutes()} | provenance()
-    results |= {"models": models, "claims": [claim for part in parts for claim in part["claims"]]}
-    write_json(run / "results.json", results)
-    return results
+    tasks = ask()
+
+    def write(done): # what is finished: a table is of use before its last row
+        results = {"preset": asked.preset, "command": command, "queries": asked.queries, "asked": fingerprint(tasks), "minutes": minutes(), "rows": len(trials)}
+        write_json(run / "results.json", results | provenance() | summarise_ablations(done, tasks))
+
+    with _counted(run / "minutes.json") as minutes: run_trials(trials, ask, dict, asked.processes, prepare, write)
+    return json.loads((run / "results.json").read_text())
 
 # %% ../nbs/21_reproduce.ipynb #2048aa04
 def ablation_table(

@@ -243,14 +243,7 @@ def read_rows(
             if column not in row:
                 where = f" line {line}" if line else ""  # a Parquet file has no line with its columns
                 raise ValueError(f"{str(path)!r}{where} has the columns {', '.join(row) or '(none)'}; expected {', '.join(columns)}")
-        if number or path.suffix == ".jsonl": yield line, {column: _cell(row[column], f"{str(path)!r} line {line}: {column}") for column in columns}
-
-
-def _cell(value, where): # of a table -> a text
-    if isinstance(value, str): return value.strip()
-    if value is None: return ""
-    if isinstance(value, int | float): return str(value)
-    raise ValueError(f"{where} is {describe(value)}; expected a text")
+        if number or path.suffix == ".jsonl": yield line, {column: "" if row[column] is None else row[column] for column in columns}
 
 # %% ../nbs/12_sources.ipynb #2f5efe61
 def _picture(root, name, where): # the same, and the file must be there
@@ -259,6 +252,12 @@ def _picture(root, name, where): # the same, and the file must be there
     return path
 
 # %% ../nbs/12_sources.ipynb #2c43781b
+def _cell(value, where): # of a table of pairs -> a text
+    if isinstance(value, str): return value.strip()
+    if isinstance(value, int | float): return str(value)
+    raise ValueError(f"{where} is {describe(value)}; expected a text")
+
+
 class TableSource:
     "A table of images with texts: image → text, or (image, question) → text; every item alone."
     def __init__(self,
@@ -271,6 +270,7 @@ class TableSource:
         self.images, self.texts, self.questions = Texts(), Texts(), Texts()
         columns = (image, text) + ((question,) if question else ())
         for line, row in read_rows(path, columns):
+            row = {column: _cell(value, f"{str(path)!r} line {line}: {column}") for column, value in row.items()}
             self.lines.append(line)
             self.images.append(row[image])
             self.texts.append(row[text])

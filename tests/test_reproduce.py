@@ -317,6 +317,9 @@ def test_ablations_through_the_command(tmp_path, monkeypatch, capsys):
     written = (tmp_path / "run" / "nothing" / "trial.json").stat().st_mtime_ns
     assert main(words) == 0 and (tmp_path / "run" / "nothing" / "trial.json").stat().st_mtime_ns == written
     assert json.loads((tmp_path / "run" / "results.json").read_text())["claims"] == found["claims"]
+    done = {name: json.loads((tmp_path / "run" / folder / "trial.json").read_text()) for name, folder in (("nothing", "nothing"), ("the seed", "the-seed"), ("9 tokens an image", "9-tokens-an-image"))}
+    part = r.summarise_ablations(done, shapes_tasks(20, 0, 32))  # rows without the one that they are compared to have to wait
+    assert list(part["models"]) == ["nothing", "the seed"] and {claim["rival"] for claim in part["claims"]} == {"the seed"} and part["models"]["the seed"] == found["models"]["the seed"]
     assert main(["reproduce", "--ablations", "--data", "csv:x.csv", "--tests", "y"]) == 1 and "leave out --data or --ablations" in capsys.readouterr().err
 
 
