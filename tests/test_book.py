@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fuselip_edu.reproduce import reproduction_table, rivals_table
+from fuselip_edu.reproduce import ABLATIONS, ablation_table, reproduction_table, rivals_table
 from fuselip_edu.scaling import ladder_table
 
 CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
@@ -72,6 +72,12 @@ def test_numbers_of_the_comparison_come_from_its_results(root):
         assert set(re.findall(r"\d+\.\d ± \d+\.\d", text)) == known, f"{path} is not of data/results/reproduce.json; run make notebooks"
     chapter = (root / "nbs" / "21_reproduce.ipynb").read_text()
     for claim in found["claims"]: assert f"{100 * claim['difference']:+.1f}" in chapter
+
+
+def test_numbers_of_the_ablations_come_from_their_results(root):
+    found, chapter = json.loads((root / "data" / "results" / "ablations.json").read_text()), (root / "nbs" / "21_reproduce.ipynb").read_text()
+    assert found["command"].startswith("fuselip-edu reproduce --preset tiny --ablations") and len(found["models"]) <= found["rows"] == len(ABLATIONS)
+    for line in ablation_table(found).splitlines(): assert line in chapter, "21_reproduce.ipynb is not of data/results/ablations.json; run make notebooks"
 
 
 def test_numbers_of_the_neighbours_come_from_their_results(root):
