@@ -228,7 +228,7 @@ class BadItems:
         return []
 
     def join(self, everywhere): # list of the `reasons` of all processes, this one included
-        for reasons in everywhere: self.reasons |= {index: reason for index, reason in reasons.items() if index not in self.reasons}
+        for reasons in everywhere: self.reasons |= reasons
         self.check()
 
     def check(self):

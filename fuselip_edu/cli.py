@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELP', 'COMMANDS', 'arguments', 'take', 'demo_command', 'train_command', 'reproduce_command', 'benchmark_command',
            'evaluate_command', 'evaluate_paper', 'embed_command', 'single_vectors', 'train_tokenizer_command',
-           'tokenize_command', 'data_command', 'show_settings', 'main']
+           'own_place', 'tokenize_command', 'data_command', 'show_settings', 'main']
 
 # %% ../nbs/28_cli.ipynb #3aba3e1f
 import contextlib, io, itertools, os, sys
@@ -222,6 +222,13 @@ def train_tokenizer_command(rest):
     if asked.export: tokenizer.save_pretrained(asked.export, torch.float16)
     print(f"tokenizer: {asked.export or folder / 'tokenizer'}")
 
+# %% ../nbs/28_cli.ipynb #0741dfc9
+def own_place(asked, here): # --rank and --world, or what torchrun says -> (rank, world)
+    if asked.rank < 0 and asked.world > 1: raise ValueError(f"--world {asked.world} needs a --rank for each of them, from 0 to {asked.world - 1}")
+    rank, world = (here.rank, here.size) if asked.rank < 0 else (asked.rank, asked.world)
+    if not 0 <= rank < world: raise ValueError(f"there is no rank {rank} among {world} processes; ranks count from 0 to {world - 1}")
+    return rank, world
+
 # %% ../nbs/28_cli.ipynb #f8ba5ec4
 def tokenize_command(rest):
     from fuselip_edu.batches import open_data, parse_share
@@ -254,9 +261,7 @@ def tokenize_command(rest):
 
     asked = arguments(Tokenize, rest, "tokenize")
     here = read_world(asked.device)
-    rank, world = (here.rank, here.size) if asked.rank < 0 else (asked.rank, asked.world)
-    if asked.rank < 0 and asked.world > 1: raise ValueError(f"--world {asked.world} needs a --rank for each of them, from 0 to {asked.world - 1}")
-    if not 0 <= rank < world: raise ValueError(f"there is no rank {rank} among {world} processes; ranks count from 0 to {world - 1}")
+    rank, world = own_place(asked, here)
     image_tokenizer = TiTok.from_pretrained(tokenizer_place(asked.tokenizer))
     source = open_data(asked.data, asked.seed, image_tokenizer.config.image_size, scenes=asked.scenes, tgit=asked.tgit)
     text_tokenizer = text_tokenizer_for(source, asked.text_vocab)

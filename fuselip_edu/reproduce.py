@@ -555,7 +555,7 @@ def ablate(
     tasks = ask()
 
     def write(done): # what is finished: a table is of use before its last row
-        results = {"preset": asked.preset, "command": command, "queries": asked.queries, "asked": fingerprint(tasks), "minutes": minutes(), "rows": len(trials)}
+        results = {"preset": asked.preset, "command": command, "queries": asked.queries, "asked": fingerprint(tasks), "minutes": minutes()}
         write_json(run / "results.json", results | provenance() | summarise_ablations(done, tasks))
 
     with _counted(run / "minutes.json") as minutes: run_trials(trials, ask, dict, asked.processes, prepare, write)

@@ -380,7 +380,6 @@ def test_infinite_gradients_do_not_reach_the_weights(pairs):
     for p in model.parameters(): p.grad = torch.zeros_like(p)
     model.token_embedding.weight.grad[0, 0] = float("inf")
     with pytest.raises(FloatingPointError, match="the gradient's norm became inf"): update(model, optimizer, 1e-3, 1.0)
-    with pytest.raises(FloatingPointError, match="the loss became nan"): update(model, optimizer, 1e-3, 1.0, float("nan"))
     assert torch.equal(weights(model), before)
 
 
