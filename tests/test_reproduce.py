@@ -165,6 +165,8 @@ def test_queries_about_one_picture_are_one_cluster():
     queries = [Query(Item(pictures[0], "a"), (Item(text="x"), Item(text="y"))), Query(Item(pictures[1], "a"), (Item(text="x"), Item(text="y"))),
                Query(Item(pictures[0].clone(), "b"), (Item(text="x"), Item(text="y"))), *[Query(Item(text="t"), (Item(text="x"), Item(text="y")))] * 2]
     assert r._clusters(queries).tolist() == [0, 1, 0, 2, 3]
+    numbered = [dataclasses.replace(query, about=about) for query, about in zip(queries, (7, 7, None, 7, 8))]  # a caption and a picture of one scene
+    assert r._clusters(numbered).tolist() == [0, 0, 1, 0, 2]
 
 
 def trial(answers): return {"parameters": 10, "flops_per_pair": 5.0, "seconds": 2.0, "pairs": 100, "curve": [], "answers": answers}
