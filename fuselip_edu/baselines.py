@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BASELINES', 'BASELINE_PRESETS', 'score_fusion', 'AttentionPooler', 'FusionModule', 'LateFusionConfig',
            'siglip_towers', 'image_features', 'text_states', 'text_features', 'LateFusionEncoder', 'text_sequences',
-           'image_key', 'in_parts', 'tower_features', 'embed_late', 'LateFusion', 'PixelPairs', 'ImageStore',
-           'pixel_pairs', 'BaselineConfig', 'build_baseline', 'load_model']
+           'in_parts', 'tower_features', 'embed_late', 'LateFusion', 'PixelPairs', 'ImageStore', 'pixel_pairs',
+           'BaselineConfig', 'build_baseline', 'load_model']
 
 # %% ../nbs/18_baselines.ipynb #abb483b6
 import dataclasses, hashlib, json, math, os, warnings
@@ -21,6 +21,7 @@ import fuselip_edu
 from .batches import Sequences, open_data
 from .core import load_image, load_weights, pick_device, progress, seed_everything, save_weights, write_json
 from .fuselip import MODEL_NAMES, ItemEncoder, read_model_config, saved_text_tokenizer
+from .pairs import image_key
 from .text import BPE, CLIPBPE
 from .titok import build_from, fetch_folder, saved_config, weights_file
 from .train import PRESETS, TrainConfig, open_pairs, paper_training, text_tokenizer_for
@@ -196,10 +197,6 @@ def text_sequences(
     return [vocab.sequence((), ids) for ids in texts]
 
 # %% ../nbs/18_baselines.ipynb #5d7bc19a
-def image_key(image): # tells images apart without reading them: the path, or the object
-    return str(image) if isinstance(image, (str, os.PathLike)) else id(image)
-
-
 def in_parts(values, size): return progress([values[i:i + size] for i in range(0, len(values), size)], "embedding")
 
 

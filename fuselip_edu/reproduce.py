@@ -23,7 +23,7 @@ from .core import atomic_path, load_image, provenance, write_json
 from .ett import ALL_PRESETS, build_model
 from .evaluate import COLUMNS, PAPER_COLUMN, PUBLISHED, as_prompts, rank_queries, shapes_tasks, summarise
 from .fuselip import FuseLIP
-from .pairs import Item
+from .pairs import Item, image_key
 from .shapes import captions, render, scene_at
 from .sources import CSVSource, fit_tokenizer
 from .titok import TOKENIZER_PRESETS, TiTokConfig, TokenizerTrainConfig
@@ -324,7 +324,7 @@ def told_apart(
     "Share of the queries with pictures as candidates whose right one is the nearest to what its own codes give back."
     asked, pixels = [query for query in queries if all(isinstance(item, Item) and item.image is not None and item.text is None for item in query.candidates)], {}
     def shown(item):
-        key = str(item.image) if isinstance(item.image, (str, os.PathLike)) else id(item)
+        key = image_key(item.image)
         if key not in pixels: pixels[key] = load_image(item.image, tokenizer.config.image_size)
         return pixels[key]
     if not asked: return None

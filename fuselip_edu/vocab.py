@@ -6,12 +6,13 @@
 __all__ = ['TOKEN_COLOURS', 'Vocab', 'kind_of', 'show_sequences', 'pad_sequences', 'ItemTokenizer']
 
 # %% ../nbs/07_vocab.ipynb #46112d43
-import os, warnings
+import warnings
 from dataclasses import dataclass
 
 import torch
 
 from .core import load_image
+from .pairs import image_key
 
 # %% ../nbs/07_vocab.ipynb #c23dbdba
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class ItemTokenizer:
     ) -> list: # of lists of codes, one an image
         "Codes of the images, in batches."
         if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        keys = [str(image) if isinstance(image, (str, os.PathLike)) else id(image) for image in images]
+        keys = [image_key(image) for image in images]
         distinct, codes = list(dict(zip(keys, images)).items()), {}
         size, device = self.image_tokenizer.config.image_size, self.image_tokenizer.latent_tokens.device
         for start in range(0, len(distinct), batch_size):
