@@ -200,7 +200,7 @@ def train_tokenizer_command(rest):
 
     @dataclass
     class TrainTokenizer:
-        "Train an image tokenizer on the images of a source."
+        "Train an image tokenizer on the images of a source. Started again after an interruption, it goes on."
         data: str = "shapes"  # or csv:PATH
         scenes: int = 6000  # of shapes
         images: int = 40_000  # at most
@@ -211,15 +211,16 @@ def train_tokenizer_command(rest):
 
     name, rest = take(rest, "--preset", "tiny")
     asked = arguments(TrainTokenizer, rest, "train-tokenizer", TrainTokenizer(model=preset(name, TOKENIZER_PRESETS)))
-    folder = Path(asked.run)
-    if folder.is_dir() and any(folder.iterdir()): raise ValueError(f"{asked.run!r} is not empty; give another --run, or remove it to train again")
+    folder, unfinished = Path(asked.run), Path(asked.run) / "unfinished.safetensors"
+    if folder.is_dir() and any(folder.iterdir()) and not unfinished.exists(): raise ValueError(f"{asked.run!r} is not empty; give another --run, or remove it to train again")
     show_settings(asdict(asked))
     source = open_data(asked.data, asked.train.seed + 7, asked.model.image_size, scenes=asked.scenes)
-    tokenizer, rows = fit_tokenizer(source, asked.model, asked.train, asked.images, lambda row: print(row, file=sys.stderr, flush=True))
-    write_json(folder / "config.json", asdict(asked))  # not before: an interrupted command can be given again
+    tokenizer, rows = fit_tokenizer(source, asked.model, asked.train, asked.images, lambda row: print(row, file=sys.stderr, flush=True), unfinished)
+    write_json(folder / "config.json", asdict(asked))
     tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "metrics.json", rows)
     if asked.export: tokenizer.save_pretrained(asked.export, torch.float16)
+    unfinished.unlink(missing_ok=True)
     print(f"tokenizer: {asked.export or folder / 'tokenizer'}")
 
 # %% ../nbs/28_cli.ipynb #0741dfc9

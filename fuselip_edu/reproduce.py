@@ -309,11 +309,12 @@ def train_shared_tokenizer(
     if folder.exists():
         if not (folder / "recipe.json").exists() or json.loads((folder / "recipe.json").read_text()) != asked: raise ValueError(f"{str(folder)!r} holds a tokenizer that was trained in another way; give another --run, or remove the folder")
         return
-    recipe = TokenizerTrainConfig(steps=steps, free_steps=min(steps // 4, TokenizerTrainConfig().free_steps))
-    tokenizer, _ = fit_tokenizer(open_data(data, 7, sizes.image_size, scenes=scenes), sizes, recipe, watch=lambda row: print(row, file=sys.stderr, flush=True))
+    recipe, unfinished = TokenizerTrainConfig(steps=steps, free_steps=min(steps // 4, TokenizerTrainConfig().free_steps)), folder.with_name(f"{folder.name}-unfinished.safetensors")
+    tokenizer, _ = fit_tokenizer(open_data(data, 7, sizes.image_size, scenes=scenes), sizes, recipe, watch=lambda row: print(row, file=sys.stderr, flush=True), keep=unfinished)
     with atomic_path(folder) as path:
         tokenizer.save_pretrained(path)
         write_json(path / "recipe.json", asked)
+    unfinished.unlink(missing_ok=True)
 
 # %% ../nbs/21_reproduce.ipynb #f0877866
 @torch.no_grad()

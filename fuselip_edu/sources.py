@@ -752,7 +752,8 @@ def fit_tokenizer(
     config:TiTokConfig, # its mean and deviation are replaced by those of the pictures
     recipe:TokenizerTrainConfig,
     n:int=40_000, # pictures at most
-    watch=None # as for `train_tokenizer`
+    watch=None, # this and `keep` as for `train_tokenizer`
+    keep:str|Path=""
 ): # (TiTok, rows of `train_tokenizer`)
     "Train an image tokenizer on the pictures of a source."
     seed_everything(recipe.seed)
@@ -760,5 +761,5 @@ def fit_tokenizer(
     sample = images[:4000].float() / 255
     if sample.std() < 1e-3: raise ValueError("the pictures are all of one colour, from which no tokenizer can learn; give others")
     tokenizer = TiTok(replace(config, pixel_mean=round(float(sample.mean()), 4), pixel_std=round(float(sample.std()), 4)))
-    rows = train_tokenizer(tokenizer.to(pick_device(recipe.device)), images, recipe, watch)
+    rows = train_tokenizer(tokenizer.to(pick_device(recipe.device)), images, recipe, watch, keep)
     return tokenizer.cpu(), rows

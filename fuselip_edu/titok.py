@@ -6,11 +6,12 @@
 __all__ = ['LATER_FIELDS', 'TINY_TOKENIZER', 'TOKENIZER_PRESETS', 'MODEL_SIZES', 'PIXEL_CODES', 'PIXEL_CODE_DIM',
            'PIXEL_CHANNELS', 'PUBLISHED', 'TiTokConfig', 'sincos_positions', 'TiTokEncoder', 'TiTokDecoder',
            'place_latents', 'whole_products', 'checked_pixels', 'TiTok', 'fetch_folder', 'weights_file', 'saved_config',
-           'build_from', 'read_titok_config', 'TokenizerTrainConfig', 'permute_colours', 'train_tokenizer',
-           'published_config', 'encoder_config', 'legacy_head', 'PixelBlock', 'PixelStage', 'PixelDecoder', 'paint']
+           'build_from', 'read_titok_config', 'TokenizerTrainConfig', 'permute_colours', 'TokenizerTraining',
+           'train_tokenizer', 'published_config', 'encoder_config', 'legacy_head', 'PixelBlock', 'PixelStage',
+           'PixelDecoder', 'paint']
 
 # %% ../nbs/05_titok.ipynb #1a15e086
-import contextlib, dataclasses, json, math, re
+import contextlib, dataclasses, json, math, re, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 import fuselip_edu
-from .core import load_weights, save_weights, write_json
+from .core import load_weights, read_weights, save_tensors, save_weights, write_json
 from .quantize import VectorQuantizer, perplexity
 from .transformer import Block
 
@@ -311,46 +312,107 @@ def permute_colours(
     orders[torch.rand(len(pixels), generator=generator) >= share] = torch.arange(3)
     return pixels[torch.arange(len(pixels))[:, None], orders]
 
+# %% ../nbs/05_titok.ipynb #95a61f7f
+class TokenizerTraining:
+    "A training between two steps: all that the next one depends on."
+    def __init__(self, tokenizer, images, config):
+        self.tokenizer, self.images, self.config, self.generator = tokenizer, images, config, torch.Generator().manual_seed(config.seed)
+        self.optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.step, self.rows, self.recent, self.seen, self.replaced = 0, [], [], [], 0
+
+    def learning_rate(self):
+        hold, steps = 0.6 * self.config.steps, self.config.steps
+        decay = 1.0 if self.step < hold else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (self.step - hold) / (steps - hold)))
+        return self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps)) * decay
+
+    def quantise(self, z): # (b, n, code_dim) -> codes, indices, loss; before the codebook is drawn z itself
+        config, quantize = self.config, self.tokenizer.quantize
+        self.recent = self.recent[-63:] + [z.detach().flatten(0, 1)]  # of the last 64 batches
+        if self.step < config.free_steps: return F.normalize(z, dim=-1) if self.tokenizer.config.l2_norm else z, None, 0.0
+        if self.step == config.free_steps: quantize.fill_from(torch.cat(self.recent), self.generator)
+        elif self.step % config.reset_every == 0 and self.step < config.reset_until * config.steps:
+            self.replaced += quantize.fill_from(torch.cat(self.recent), self.generator, dead_only=True)
+        return quantize(z)
+
+    def advance(self) -> torch.Tensor: # the error of the batch
+        "One step."
+        tokenizer, config = self.tokenizer, self.config
+        for group in self.optimizer.param_groups: group["lr"] = self.learning_rate()
+        pixels = self.images[torch.randint(len(self.images), (config.batch_size,), generator=self.generator)].float() / 255
+        pixels = permute_colours(pixels, config.permute_colours, self.generator).to(tokenizer.latent_tokens.device)
+        codes, indices, quantizer_loss = self.quantise(tokenizer.latents(pixels))
+        error = F.mse_loss(tokenizer.decoder(codes), tokenizer.standardise(pixels))
+        self.optimizer.zero_grad()
+        (error + quantizer_loss).backward()
+        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+        self.optimizer.step()
+        if indices is not None: self.seen.append(indices)
+        self.step += 1
+        return error.detach()
+
+
+# %% ../nbs/05_titok.ipynb #067e7604
+def _log(self, error): # of the last step
+    seen = torch.cat(self.seen) if self.seen else None
+    self.rows.append({"step": self.step, "error": float(error), "perplexity": None if seen is None else perplexity(seen, self.tokenizer.config.n_codes),
+                      "used": 0 if seen is None else len(seen.unique()), "replaced": self.replaced})
+    self.seen, self.replaced = [], 0
+
+
+def _told(self): # what a file says of its training, in JSON
+    recipe = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "device"}
+    return {"tokenizer": dataclasses.asdict(self.tokenizer.config), "train": recipe, "pictures": [len(self.images), zlib.crc32(self.images.numpy())]}
+
+
+def _save(self, path): # a safetensors file
+    moments = {f"optimizer.{at}.{name}": value for at, state in self.optimizer.state_dict()["state"].items() for name, value in state.items()}
+    weights = {f"tokenizer.{name}": value for name, value in self.tokenizer.state_dict().items()}
+    batches = {name: torch.stack(values) for name, values in (("recent", self.recent), ("seen", self.seen)) if values}
+    told = json.dumps({"asked": _told(self), "step": self.step, "rows": self.rows, "replaced": self.replaced}).encode()
+    save_tensors({**weights, **moments, **batches, "usage": self.tokenizer.quantize.usage, "generator": self.generator.get_state(), "told": torch.tensor(list(told), dtype=torch.uint8)}, path)
+
+
+def _load(self, path): # what `save` wrote; `ValueError` if it is of another training
+    tensors = read_weights(path)
+    told = json.loads(bytes(tensors["told"].tolist()))
+    if told["asked"] != _told(self): raise ValueError(f"{str(path)!r} holds the beginning of a training of other sizes, settings or pictures; ask for the same again, give another --run, or remove the file")
+    part = lambda start: {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+    self.tokenizer.load_state_dict(part("tokenizer."))
+    self.tokenizer.quantize.usage.copy_(tensors["usage"])
+    moments = {at: part(f"optimizer.{at}.") for at in range(len(self.optimizer.param_groups[0]["params"]))}
+    self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+    self.generator.set_state(tensors["generator"])
+    device = self.tokenizer.latent_tokens.device
+    self.recent, self.seen = ([*tensors[name].to(device)] if name in tensors else [] for name in ("recent", "seen"))
+    self.step, self.rows, self.replaced = told["step"], told["rows"], told["replaced"]
+
+
+TokenizerTraining.log, TokenizerTraining.save, TokenizerTraining.load = _log, _save, _load
+
+
 # %% ../nbs/05_titok.ipynb #ba9716ae
 def train_tokenizer(
     tokenizer:TiTok,
     images:torch.Tensor, # (n, 3, s, s), uint8
     config:TokenizerTrainConfig,
-    watch=None # called as watch(row) after every logged step
+    watch=None, # called as watch(row) after every logged step
+    keep:str|Path="" # file for an unfinished training, which is gone on with if it is there; whoever has stored the tokenizer removes it
 ) -> list: # of dicts: step, error (mean squared, standardised pixels), perplexity, used (codes in the last `log_every` steps), replaced
     "Train encoder, codebook and decoder together on reconstruction."
     if tokenizer.config.legacy or tokenizer.decoder is None: raise ValueError("only a tokenizer whose decoder gives pixels can be trained here; use legacy=False and has_decoder=True")
-    generator = torch.Generator().manual_seed(config.seed)
-    optimizer, device = torch.optim.AdamW(tokenizer.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0), tokenizer.latent_tokens.device
+    training = TokenizerTraining(tokenizer, images, config)
+    if keep and Path(keep).exists(): training.load(keep)
     tokenizer.requires_grad_(True).train()
-    rows, recent, seen, replaced = [], [], [], 0
-    hold = 0.6 * config.steps
-    for step in range(config.steps):
-        decay = 1.0 if step < hold else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - hold) / (config.steps - hold)))
-        for group in optimizer.param_groups: group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps)) * decay
-        pixels = images[torch.randint(len(images), (config.batch_size,), generator=generator)].float() / 255
-        pixels = permute_colours(pixels, config.permute_colours, generator).to(device)
-        z, quantized = tokenizer.latents(pixels), step >= config.free_steps
-        recent = recent[-63:] + [z.detach().flatten(0, 1)]  # of the last 64 batches
-        if step == config.free_steps: tokenizer.quantize.fill_from(torch.cat(recent), generator)
-        elif quantized and step % config.reset_every == 0 and step < config.reset_until * config.steps:
-            replaced += tokenizer.quantize.fill_from(torch.cat(recent), generator, dead_only=True)
-        codes, indices, quantizer_loss = tokenizer.quantize(z) if quantized else (F.normalize(z, dim=-1) if tokenizer.config.l2_norm else z, None, 0.0)
-        error = F.mse_loss(tokenizer.decoder(codes), tokenizer.standardise(pixels))
-        optimizer.zero_grad()
-        (error + quantizer_loss).backward()
-        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
-        optimizer.step()
-        if quantized: seen.append(indices)
-        if not error.isfinite(): raise FloatingPointError(f"the error became {float(error)} at step {step}; lower the learning rate (--train.lr)")
-        if (step + 1) % config.log_every == 0:
-            used = torch.cat(seen) if seen else torch.zeros(0, dtype=torch.long)
-            rows.append({"step": step + 1, "error": float(error.detach()), "perplexity": perplexity(used, tokenizer.config.n_codes) if seen else None,
-                         "used": len(used.unique()), "replaced": replaced})
-            if watch: watch(rows[-1])
-            seen, replaced = [], 0
+    while training.step < config.steps:
+        error = training.advance()
+        if not error.isfinite(): raise FloatingPointError(f"the error became {float(error)} at step {training.step - 1}; lower the learning rate (--train.lr)")
+        if training.step % config.log_every == 0:
+            training.log(error)
+            if watch: watch(training.rows[-1])
+        if keep and training.step % (5 * config.log_every) == 0: training.save(keep)
     tokenizer.requires_grad_(False).eval()
-    return rows
+    return training.rows
+
 
 # %% ../nbs/05_titok.ipynb #a0deb08a
 TINY_TOKENIZER = Path(fuselip_edu.__file__).resolve().parent.parent / "data" / "tiny"  # in a checkout, or an editable install of it

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -188,3 +189,20 @@ def test_the_preset_small_makes_its_tokenizer_and_then_itself(root, tmp_path):
     assert done.returncode == 0, done.stderr
     config = json.loads((environment / "runs" / "small" / "model" / "config.json").read_text())
     assert config["image_tokenizer"]["image_size"] == 64 and config["image_tokenizer"]["n_latents"] == 64 and config["encoder"]["layers"] == 6
+
+
+def test_the_training_of_a_tokenizer_that_was_killed_goes_on(root, tmp_path):
+    words = ["train-tokenizer", "--scenes", "6", "--train.steps", "60", "--train.free-steps", "10", "--train.batch-size", "4", "--train.log-every", "2", "--train.device", "cpu",
+             "--model.width", "32", "--model.layers", "1", "--model.decoder-width", "32", "--model.decoder-layers", "1", "--model.decoder-heads", "2"]
+    assert command(*words, "--run", tmp_path / "whole", root=root).returncode == 0
+    run, started = tmp_path / "killed", time.monotonic()
+    child = subprocess.Popen([sys.executable, "-m", "fuselip_edu", *words, "--run", str(run)], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (run / "unfinished.safetensors").exists() and time.monotonic() < started + 120: time.sleep(0.02)
+    child.kill()
+    child.wait()
+    assert [path.name for path in run.iterdir() if not path.name.startswith(".")] == ["unfinished.safetensors"]
+    assert "beginning of a training of other sizes" in failure(*words, "--train.lr", "1e-4", "--run", run, root=root)
+    done = command(*words, "--run", run, "--export", tmp_path / "export", root=root)
+    assert done.returncode == 0 and not (run / "unfinished.safetensors").exists(), done.stderr
+    for name in ("metrics.json", "tokenizer/model.safetensors"): assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert "is not empty" in failure(*words, "--run", run, root=root)

@@ -1,4 +1,5 @@
 "Vector quantisation against brute force, its gradients and its cures."
+import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,3 +171,51 @@ def test_an_error_that_is_no_number_stops_the_training():
         train_tokenizer(TiTok(SIZES), images, TokenizerTrainConfig(steps=30, free_steps=10, lr=1e30, warmup_steps=0, batch_size=4))
     rows = train_tokenizer(TiTok(SIZES), images, TokenizerTrainConfig(steps=4, free_steps=2, warmup_steps=0, batch_size=4, log_every=2))
     assert [row["step"] for row in rows] == [2, 4]
+
+
+class Pulled(Exception): "The plug."
+
+
+KEPT = TokenizerTrainConfig(steps=60, free_steps=20, batch_size=4, log_every=2, reset_every=6, warmup_steps=3, device="cpu")
+
+
+def kept_images(): return torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+
+
+def trained(recipe, path="", until=10**9):
+    torch.manual_seed(0)
+    tokenizer, shown = TiTok(SIZES), []
+
+    def watch(row):
+        shown.append(row["step"])
+        if row["step"] == until: raise Pulled
+
+    try: return tokenizer, train_tokenizer(tokenizer, kept_images(), recipe, watch, path), shown
+    except Pulled: return None, None, shown
+
+
+def test_a_training_of_a_tokenizer_that_was_cut_off_ends_like_one_that_was_not(tmp_path):
+    whole, rows, _ = trained(KEPT)
+    assert sum(row["replaced"] for row in rows) > 0  # dead codes are part of what must be kept
+    path, starts = tmp_path / "unfinished.safetensors", []
+    for until in (8, 14, 24, 38, 44):  # before the first file, before the quantiser, and with it
+        starts.append(trained(KEPT, path, until)[2][0])
+        assert not list(tmp_path.glob(".*"))  # nothing half-written
+    tokenizer, found, shown = trained(KEPT, path)
+    assert starts == [2, 2, 12, 22, 32] and shown[0] == 42
+    assert found == rows
+    for name, value in whole.state_dict().items(): assert torch.equal(value, tokenizer.state_dict()[name]), name
+
+
+def test_the_beginning_of_another_training_is_refused(tmp_path):
+    path = tmp_path / "unfinished.safetensors"
+    trained(KEPT, path, 24)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="beginning of a training of other sizes, settings or pictures"): trained(dataclasses.replace(KEPT, lr=2e-3), path)
+    with pytest.raises(ValueError, match="beginning of a training"): train_tokenizer(TiTok(SIZES), kept_images()[:11], KEPT, keep=path)
+    with pytest.raises(ValueError, match="beginning of a training"): train_tokenizer(TiTok(dataclasses.replace(SIZES, n_codes=8)), kept_images(), KEPT, keep=path)
+    assert path.read_bytes() == before
+    path.write_bytes(before[:-9])
+    with pytest.raises(ValueError, match="unfinished.safetensors' is not a whole safetensors file"): trained(KEPT, path)
+    path.write_bytes(before)
+    assert trained(dataclasses.replace(KEPT, device="auto"), path)[2][0] == 22  # where it is trained may change
