@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MODELS', 'PROBES', 'TITLES', 'CODEBOOKS', 'ABLATIONS', 'Comparison', 'run_folder', 'trial_config', 'flops_per_pair',
            'Curve', 'fingerprint', 'run_trial', 'run_trials', 'paired_difference', 'summarise_trials', 'csv_tasks',
-           'train_shared_tokenizer', 'told_apart', 'reproduce', 'reproduction_table', 'tasks_figure', 'claims_table',
-           'curves_figure', 'kinds_figure', 'only', 'changed', 'summarise_ablations', 'ablate', 'ablation_table',
-           'modality_mask', 'BlockedFusion', 'image_attention', 'fusion', 'rivals_table', 'modality_space']
+           'train_shared_tokenizer', 'told_apart', 'reproduce', 'reproduction_table', 'time_spent', 'tasks_figure',
+           'claims_table', 'curves_figure', 'kinds_figure', 'only', 'changed', 'summarise_ablations', 'ablate',
+           'ablation_table', 'modality_mask', 'BlockedFusion', 'image_attention', 'fusion', 'rivals_table',
+           'modality_space']
 
 # %% ../nbs/21_reproduce.ipynb #8fb642e3
 import concurrent.futures, contextlib, copy, dataclasses, functools, hashlib, json, multiprocessing, os, random, re, sys, time
@@ -397,6 +398,16 @@ def reproduction_table(
     lines.append(f"| *chance* | | | {' | '.join(f'{100 * chance:.1f}' for chance in chances)} |")
     for name in published if set(columns) & set(COLUMNS) else (): lines.append(f"| *paper: {name}* | | | {' | '.join(str(PUBLISHED[name].get(column, '')) for column in columns)} |")
     return "\n".join(lines)
+
+
+def time_spent(
+    results:dict # from `reproduce`
+) -> str:
+    "How long it took: in all, or, where it was put together from several starts, the trainings alone."
+    if "minutes" in results: return f"{results['minutes']:.0f} minutes in all on {results['hardware']}"
+    trainings = sum(row["seconds"] * len(next(iter(row["tasks"].values()))["seeds"]) for row in results["models"].values())
+    return f"{trainings / 60:.0f} minutes of trainings, with a core each, on {results['hardware']}"
+
 
 # %% ../nbs/21_reproduce.ipynb #e65f0e57
 _COLOURS = {"fuselip": "#4878a8", "sf": "#d98b3a", "mlf": "#6aa56a", "filip": "#8f6ab0"}
