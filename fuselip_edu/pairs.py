@@ -48,7 +48,6 @@ class Query:
     item: Item
     candidates: tuple  # of `Item`, or of tuples of `Item` whose embeddings are averaged (prompt templates)
     kind: str = ""  # for tasks that are reported by kind, e.g. "flip"
-    about: int|None = None  # queries of a task about one scene have one number here, since they stand and fall together; None: the same picture tells
 
     def __post_init__(self):
         if len(self.candidates) < 2:

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['MODELS', 'PROBES', 'TITLES', 'CODEBOOKS', 'ABLATIONS', 'Comparison', 'run_folder', 'trial_config', 'flops_per_pair',
            'Curve', 'fingerprint', 'run_trial', 'run_trials', 'paired_difference', 'summarise_trials', 'csv_tasks',
-           'train_shared_tokenizer', 'told_apart', 'reproduce', 'reproduction_table', 'time_spent', 'tasks_figure',
-           'claims_table', 'curves_figure', 'kinds_figure', 'only', 'changed', 'summarise_ablations', 'ablate',
-           'ablation_table', 'modality_mask', 'BlockedFusion', 'image_attention', 'fusion', 'rivals_table',
-           'modality_space']
+           'train_shared_tokenizer', 'told_apart', 'reproduce', 'reproduction_table', 'tasks_figure', 'claims_table',
+           'curves_figure', 'kinds_figure', 'only', 'changed', 'summarise_ablations', 'ablate', 'ablation_table',
+           'modality_mask', 'BlockedFusion', 'image_attention', 'fusion', 'rivals_table', 'modality_space']
 
 # %% ../nbs/21_reproduce.ipynb #8fb642e3
 import concurrent.futures, contextlib, copy, dataclasses, functools, hashlib, json, multiprocessing, os, random, re, sys, time
@@ -248,12 +247,9 @@ def _kind_weights(queries): # -> (n,), summing to 1, every kind the same
     return torch.tensor([1 / kinds.count(kind) / len(set(kinds)) for kind in kinds], dtype=torch.float64)
 
 
-def _clusters(queries): # -> (n,): queries about one scene, or where none is named about one picture, belong together
+def _clusters(queries): # -> (n,): queries about one picture belong together
     known = {}
-    def key(at, query):
-        if query.about is not None: return "scene", query.about
-        return ("text", at) if query.item.image is None else load_image(query.item.image).numpy().tobytes()
-    keys = [key(at, query) for at, query in enumerate(queries)]
+    keys = [("text", at) if query.item.image is None else load_image(query.item.image).numpy().tobytes() for at, query in enumerate(queries)]
     return torch.tensor([known.setdefault(key, len(known)) for key in keys])
 
 
@@ -336,14 +332,11 @@ def told_apart(
 
 # %% ../nbs/21_reproduce.ipynb #10087755
 @contextlib.contextmanager
-def _counted(path): # yields a function that gives the minutes of this and all earlier attempts, and writes them down
+def _counted(path): # yields a function that gives the minutes of this and all earlier attempts
     before, started = (json.loads(path.read_text()) if path.exists() else 0.0), time.monotonic()
-    def minutes():
-        spent = before + (time.monotonic() - started) / 60
-        write_json(path, spent)
-        return spent
+    minutes = lambda: before + (time.monotonic() - started) / 60
     try: yield minutes
-    finally: minutes()
+    finally: write_json(path, minutes())
 
 
 def reproduce(
@@ -360,7 +353,7 @@ def reproduce(
     tasks = ask()
     with _counted(run / "minutes.json") as minutes:
         if asked.tokenizer_steps: train_shared_tokenizer(run / "tokenizer", asked.data, asked.tokenizer_steps, preset(asked.preset, TOKENIZER_PRESETS))
-        done = run_trials(trials, ask, probe, asked.processes, watch=lambda done: minutes())
+        done = run_trials(trials, ask, probe, asked.processes)
     found = {model: [done[f"{model}, seed {seed}"] for seed in range(asked.seeds)] for model in models}
     results = {"preset": asked.preset, "command": command, "asked": fingerprint(tasks), "minutes": minutes()} | provenance() | summarise_trials(found, tasks)
     if not asked.tests: results["queries"] = asked.queries
@@ -398,16 +391,6 @@ def reproduction_table(
     lines.append(f"| *chance* | | | {' | '.join(f'{100 * chance:.1f}' for chance in chances)} |")
     for name in published if set(columns) & set(COLUMNS) else (): lines.append(f"| *paper: {name}* | | | {' | '.join(str(PUBLISHED[name].get(column, '')) for column in columns)} |")
     return "\n".join(lines)
-
-
-def time_spent(
-    results:dict # from `reproduce`
-) -> str:
-    "How long it took: in all, or, where it was put together from several starts, the trainings alone."
-    if "minutes" in results: return f"{results['minutes']:.0f} minutes in all on {results['hardware']}"
-    trainings = sum(row["seconds"] * len(next(iter(row["tasks"].values()))["seeds"]) for row in results["models"].values())
-    return f"{trainings / 60:.0f} minutes of trainings, with a core each, on {results['hardware']}"
-
 
 # %% ../nbs/21_reproduce.ipynb #e65f0e57
 _COLOURS = {"fuselip": "#4878a8", "sf": "#d98b3a", "mlf": "#6aa56a", "filip": "#8f6ab0"}

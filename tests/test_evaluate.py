@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fuselip_edu import evaluate as e
 from fuselip_edu import shapes
-from fuselip_edu.pairs import Item, Pair, Query
+from fuselip_edu.pairs import Item, Query
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_no_candidate_is_the_right_one_once_more(name, tasks):
         assert len(query.candidates) > 1 and not any(same(query.candidates[0], other) for other in query.candidates[1:])
 
 
-@pytest.mark.parametrize("name", ["grounding", "region_crop", "object_crop", "position"])
+@pytest.mark.parametrize("name", ["grounding", "region_crop", "object_crop"])
 def test_of_the_crops_one_shows_what_is_asked_for(name, monkeypatch):
     shown, region = [], shapes.region
 
@@ -52,32 +52,7 @@ def test_of_the_crops_one_shows_what_is_asked_for(name, monkeypatch):
     for query in queries:
         names = [named[id(candidate.image)] for candidate in query.candidates]
         assert names.count(names[0]) == 1
-        if name != "region_crop": assert names[0].endswith(query.item.text.removeprefix("the ").partition(" on the ")[0])
-
-
-def test_of_the_captions_one_is_true(tasks):
-    named = lambda item: set(item.text.replace(" and ", ", ").removeprefix("a ").split(", a ") if ", a " in item.text.replace(" and ", ", ") else [item.text.removeprefix("a ")])
-    shown = {shapes.render(scene).numpy().tobytes(): {thing.name for thing in scene.objects} for scene in (shapes.scene_at(i, 0, "test") for i in range(20))}
-    for query in tasks["retrieval"]:
-        names = lambda item: named(item) if item.text else shown[item.image.numpy().tobytes()]
-        said = [names(candidate) <= names(query.item) if query.kind == "image to text" else names(query.item) <= names(candidate) for candidate in query.candidates]
-        assert said == [True] + [False] * (len(said) - 1)
-
-
-def test_transformations_that_cannot_be_told_apart_are_no_mistakes(monkeypatch):
-    base = torch.full((3, 32, 32), 100, dtype=torch.uint8)
-    shades = [base, base + 2, base.clone()]
-    shades[2][:, :4] += 1  # an eighth of the picture, by one level
-    monkeypatch.setattr(e.transforms, "transform_pairs", lambda image, kind, rng, train: [Pair(Item(image, f"{kind} {at}"), Item(shade)) for at, shade in enumerate(shades)])
-    for query in e.shapes_tasks(20, names=("tgit",))["tgit"]: assert [int(item.image[0, 0, 0]) for item in query.candidates] == [100, 102]
-
-
-def test_queries_about_one_scene_say_so(tasks):
-    for name, each in (("retrieval", 2), ("tgit", 5)):
-        counted = [query.about for query in tasks[name]]
-        assert set(counted) == set(range(20)) and all(counted.count(at) == each for at in range(20)), name
-    close_ups, backgrounds = ([query.about for query in tasks["classification"] if query.kind == kind] for kind in ("close-up", "background"))
-    assert close_ups == backgrounds == list(range(20))
+        if name != "region_crop": assert names[0].endswith(query.item.text.removeprefix("the "))
 
 
 def test_questions_have_the_answer_that_the_scene_gives(tasks):

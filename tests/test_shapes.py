@@ -174,10 +174,6 @@ def test_the_splits_never_meet():
     for one, other in itertools.combinations((train, test, unseen), 2): assert not {content(scene) for scene in one} & {content(scene) for scene in other}
     assert not [thing for scene in train + test for thing in scene.objects if thing.name in HELD_OUT_NAMES]
     assert all(any(thing.name in HELD_OUT_NAMES for thing in scene.objects) for scene in unseen)
-    pictures = {shapes.render(scene).numpy().tobytes() for scene in train}
-    turned = [torch.rot90(picture, quarters, (1, 2)) for scene in test[:1000] for quarters in range(4) for picture in (shapes.render(scene), shapes.render(scene).flip(2))]
-    assert not [picture for picture in turned if picture.numpy().tobytes() in pictures]
-    assert len({shapes.split_of(Scene((thing,))) for thing in (shapes.Object("circle", "red", "small", row, column) for row, column in ((0, 1), (1, 0), (0, 2), (2, 0), (3, 1), (1, 3), (3, 2), (2, 3)))}) == 1
     reordered = Scene(TRAIN[3].objects[::-1], TRAIN[3].tone, TRAIN[3].texture)
     assert shapes.split_of(reordered) == "train"
 
