@@ -332,11 +332,14 @@ def told_apart(
 
 # %% ../nbs/21_reproduce.ipynb #10087755
 @contextlib.contextmanager
-def _counted(path): # yields a function that gives the minutes of this and all earlier attempts
+def _counted(path): # yields a function that gives the minutes of this and all earlier attempts, and writes them down
     before, started = (json.loads(path.read_text()) if path.exists() else 0.0), time.monotonic()
-    minutes = lambda: before + (time.monotonic() - started) / 60
+    def minutes():
+        spent = before + (time.monotonic() - started) / 60
+        write_json(path, spent)
+        return spent
     try: yield minutes
-    finally: write_json(path, minutes())
+    finally: minutes()
 
 
 def reproduce(
@@ -353,7 +356,7 @@ def reproduce(
     tasks = ask()
     with _counted(run / "minutes.json") as minutes:
         if asked.tokenizer_steps: train_shared_tokenizer(run / "tokenizer", asked.data, asked.tokenizer_steps, preset(asked.preset, TOKENIZER_PRESETS))
-        done = run_trials(trials, ask, probe, asked.processes)
+        done = run_trials(trials, ask, probe, asked.processes, watch=lambda done: minutes())
     found = {model: [done[f"{model}, seed {seed}"] for seed in range(asked.seeds)] for model in models}
     results = {"preset": asked.preset, "command": command, "asked": fingerprint(tasks), "minutes": minutes()} | provenance() | summarise_trials(found, tasks)
     if not asked.tests: results["queries"] = asked.queries

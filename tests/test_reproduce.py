@@ -429,3 +429,15 @@ def test_operations_are_those_of_shuffled_batches(built):
         distinct = lambda batch: len({tuple(pixels.flatten().tolist()) for pixels, shown in zip(batch["pixels"], batch["has_image"]) if shown})
         return [distinct(batch) for batch in pairs.batches(batches)]
     assert min(counted(r.epoch_batches(pairs.groups, config, 0)[:2])) > 1.2 * counted(in_order)[0] and found == r.flops_per_pair(model, pairs, config)
+
+
+def test_minutes_of_all_attempts_are_counted_and_kept_while_a_run_goes_on(tmp_path, monkeypatch):
+    clock = iter([0.0, 120.0, 180.0, 1000.0, 1060.0, 1120.0])
+    monkeypatch.setattr(r.time, "monotonic", lambda: next(clock))
+    path = tmp_path / "minutes.json"
+    with pytest.raises(RuntimeError), r._counted(path) as minutes:
+        assert minutes() == 2.0 == json.loads(path.read_text())  # what a kill would leave
+        raise RuntimeError
+    assert json.loads(path.read_text()) == 3.0
+    with r._counted(path) as minutes: assert minutes() == 4.0
+    assert json.loads(path.read_text()) == 5.0
