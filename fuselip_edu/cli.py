@@ -212,7 +212,8 @@ def train_tokenizer_command(rest):
     name, rest = take(rest, "--preset", "tiny")
     asked = arguments(TrainTokenizer, rest, "train-tokenizer", TrainTokenizer(model=preset(name, TOKENIZER_PRESETS)))
     folder, unfinished = Path(asked.run), Path(asked.run) / "unfinished.safetensors"
-    if folder.is_dir() and any(folder.iterdir()) and not unfinished.exists(): raise ValueError(f"{asked.run!r} is not empty; give another --run, or remove it to train again")
+    there = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []  # a kill may leave half a file that begins with a dot
+    if there and not unfinished.exists(): raise ValueError(f"{asked.run!r} is not empty; give another --run, or remove it to train again")
     show_settings(asdict(asked))
     source = open_data(asked.data, asked.train.seed + 7, asked.model.image_size, scenes=asked.scenes)
     tokenizer, rows = fit_tokenizer(source, asked.model, asked.train, asked.images, lambda row: print(row, file=sys.stderr, flush=True), unfinished)
@@ -220,7 +221,7 @@ def train_tokenizer_command(rest):
     tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "metrics.json", rows)
     if asked.export: tokenizer.save_pretrained(asked.export, torch.float16)
-    unfinished.unlink(missing_ok=True)
+    for path in (unfinished, *folder.glob(".unfinished.*")): path.unlink(missing_ok=True)
     print(f"tokenizer: {asked.export or folder / 'tokenizer'}")
 
 # %% ../nbs/28_cli.ipynb #0741dfc9

@@ -201,6 +201,10 @@ def test_the_training_of_a_tokenizer_that_was_killed_goes_on(root, tmp_path):
     child.kill()
     child.wait()
     assert [path.name for path in run.iterdir() if not path.name.startswith(".")] == ["unfinished.safetensors"]
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / ".unfinished.safetensors.7-0.tmp").write_bytes(b"half")  # killed while the first file was written
+    assert command(*words, "--run", tmp_path / "early", root=root).returncode == 0
+    assert sorted(path.name for path in (tmp_path / "early").iterdir()) == ["config.json", "metrics.json", "tokenizer"]
     assert "beginning of a training of other sizes" in failure(*words, "--train.lr", "1e-4", "--run", run, root=root)
     done = command(*words, "--run", run, "--export", tmp_path / "export", root=root)
     assert done.returncode == 0 and not (run / "unfinished.safetensors").exists(), done.stderr
