@@ -234,7 +234,6 @@ def own_place(asked, here): # --rank and --world, or what torchrun says -> (rank
 # %% ../nbs/28_cli.ipynb #f8ba5ec4
 def tokenize_command(rest):
     from fuselip_edu.batches import open_data, parse_share
-    from fuselip_edu.core import pick_device
     from fuselip_edu.distributed import read_world
     from fuselip_edu.titok import TiTok
     from fuselip_edu.token_cache import cache_cost, cache_plan, cost_table, tokenize_source

@@ -92,8 +92,7 @@ class SequenceEncoder(nn.Module):
     def __init__(self, config:FuseLIPConfig, vocab:Vocab):
         super().__init__()
         self.config, self.vocab, width = config, vocab, config.width
-        self.token_embedding = nn.Embedding(vocab.size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(config.context, width))
+        self.token_embedding, self.positional_embedding = nn.Embedding(vocab.size, width), nn.Parameter(torch.empty(config.context, width))
         self.transformer = Transformer(width, config.layers, config.heads, config.mlp_ratio)
         self.ln_final, self.mask_prediction_head = nn.LayerNorm(width), MaskPredictionHead(width, vocab.size)
         self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(math.log(10.0))), nn.Parameter(torch.tensor(-10.0))

@@ -143,8 +143,7 @@ class Climber:
         self.config = dataclasses.replace(config, chunk=rung.chunk, precision=rung.precision, compiled=rung.compiled, accumulation=rung.parts)
         self.data = sources["cached" if rung.cached else "live"].batches(batches)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=1e-6, betas=(0.9, 0.98), fused=rung.fused, foreach=False if not rung.fused else None)
-        blocks = model.transformer.resblocks
-        self.blocks = torch.nn.ModuleList(torch.compile(block, dynamic=True) for block in blocks) if rung.compiled else blocks
+        self.blocks = model.transformer.resblocks if not rung.compiled else torch.nn.ModuleList(torch.compile(block, dynamic=True) for block in model.transformer.resblocks)
 
     @contextlib.contextmanager
     def as_the_rung_says(self): # and afterwards as before

@@ -753,7 +753,7 @@ def fit_tokenizer(
     recipe:TokenizerTrainConfig,
     n:int=40_000, # pictures at most
     watch=None, # this and `keep` as for `train_tokenizer`
-    keep:str|Path=""
+    keep:str|Path|None=None
 ): # (TiTok, rows of `train_tokenizer`)
     "Train an image tokenizer on the pictures of a source."
     seed_everything(recipe.seed)

@@ -396,7 +396,7 @@ def train_tokenizer(
     images:torch.Tensor, # (n, 3, s, s), uint8
     config:TokenizerTrainConfig,
     watch=None, # called as watch(row) after every logged step
-    keep:str|Path="" # file for an unfinished training, which is gone on with if it is there; whoever has stored the tokenizer removes it
+    keep:str|Path|None=None # file for an unfinished training, which is gone on with if it is there; whoever has stored the tokenizer removes it
 ) -> list: # of dicts: step, error (mean squared, standardised pixels), perplexity, used (codes in the last `log_every` steps), replaced
     "Train encoder, codebook and decoder together on reconstruction."
     if tokenizer.config.legacy or tokenizer.decoder is None: raise ValueError("only a tokenizer whose decoder gives pixels can be trained here; use legacy=False and has_decoder=True")

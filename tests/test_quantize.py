@@ -1,5 +1,6 @@
 "Vector quantisation against brute force, its gradients and its cures."
 import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
