@@ -373,7 +373,8 @@ def _save(self, path): # a safetensors file
 
 
 def _load(self, path): # what `save` wrote; `ValueError` if it is of another training
-    tensors = read_weights(path)
+    try: tensors = read_weights(path)
+    except ValueError as error: raise ValueError(f"{error}, or remove it to train from the start") from None
     told = json.loads(bytes(tensors["told"].tolist()))
     if told["asked"] != _told(self): raise ValueError(f"{str(path)!r} holds the beginning of a training of other sizes, settings or pictures; ask for the same again, give another --run, or remove the file")
     part = lambda start: {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
