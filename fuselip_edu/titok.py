@@ -23,7 +23,7 @@ from torch import nn
 import fuselip_edu
 from .core import load_weights, read_weights, save_tensors, save_weights, write_json
 from .quantize import VectorQuantizer, perplexity
-from .transformer import Block
+from .transformer import Block, Muon, muon_groups
 
 # %% ../nbs/05_titok.ipynb #b31d689e
 @dataclass
@@ -283,11 +283,12 @@ TiTok.save_pretrained, TiTok.from_pretrained = _save_pretrained, classmethod(_fr
 @dataclass
 class TokenizerTrainConfig:
     "The one-stage recipe: learn without a quantiser, draw the codebook from the encoder's outputs, go on with it."
-    steps: int = 7000  # in all
-    free_steps: int = 1000  # of them without a quantiser
+    steps: int = 4000  # in all
+    free_steps: int = 500  # of them without a quantiser
     batch_size: int = 32  # images
-    lr: float = 1e-3  # peak; held for 60 % of the steps, then half a cosine
+    lr: float = 2e-3  # peak, then half a cosine; ten times as much for the matrices that Muon moves
     warmup_steps: int = 100
+    commitment: float = 4.0  # weight of the pull of the codes on the encoder
     reset_every: int = 50  # steps between replacements of dead codes
     reset_until: float = 0.8  # share of the steps after which codes are left alone
     permute_colours: float = 0.3  # share of images whose red, green and blue change places, so that codes tie colours to shapes less
@@ -298,7 +299,7 @@ class TokenizerTrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "reset_every", "log_every"):
             if getattr(self, name) < 1: raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("free_steps", "lr", "warmup_steps"):
+        for name in ("free_steps", "lr", "warmup_steps", "commitment"):
             if getattr(self, name) < 0: raise ValueError(f"train.{name} must not be negative, and is {getattr(self, name)}")
 
 # %% ../nbs/05_titok.ipynb #a3700f27
@@ -317,12 +318,13 @@ class TokenizerTraining:
     "A training between two steps: all that the next one depends on."
     def __init__(self, tokenizer, images, config):
         self.tokenizer, self.images, self.config, self.generator = tokenizer, images, config, torch.Generator().manual_seed(config.seed)
-        self.optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        groups = muon_groups([{"params": [*tokenizer.parameters()], "weight_decay": 0.0}], tokenizer, "transformer.")
+        self.optimizer = Muon(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
+        tokenizer.quantize.commitment = config.commitment
         self.step, self.rows, self.recent, self.seen, self.replaced = 0, [], [], [], 0
 
     def learning_rate(self):
-        hold, steps = 0.6 * self.config.steps, self.config.steps
-        decay = 1.0 if self.step < hold else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (self.step - hold) / (steps - hold)))
+        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
         return self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps)) * decay
 
     def quantise(self, z): # (b, n, code_dim) -> codes, indices, loss; before the codebook is drawn z itself
@@ -380,7 +382,7 @@ def _load(self, path): # what `save` wrote; `ValueError` if it is of another tra
     part = lambda start: {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
     self.tokenizer.load_state_dict(part("tokenizer."))
     self.tokenizer.quantize.usage.copy_(tensors["usage"])
-    moments = {at: part(f"optimizer.{at}.") for at in range(len(self.optimizer.param_groups[0]["params"]))}
+    moments = {at: part(f"optimizer.{at}.") for at in range(sum(len(group["params"]) for group in self.optimizer.param_groups))}
     self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
     self.generator.set_state(tensors["generator"])
     device = self.tokenizer.latent_tokens.device

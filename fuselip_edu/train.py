@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'FREE', 'TrainConfig', 'check_settings', 'learning_rate',
-           'parameter_groups', 'orthogonalised', 'Muon', 'make_optimizer', 'Batch', 'twins', 'make_batch',
-           'contrastive_loss', 'lowered', 'forward', 'compiled_masked_loss', 'masked_losses', 'total_loss',
-           'loss_values', 'backward', 'trained_parameters', 'save_checkpoint', 'checked_step', 'load_checkpoint',
-           'seconds_trained', 'progress_line', 'RunLog', 'deferred_interrupt', 'update', 'epoch_batches',
-           'steps_an_epoch', 'batches_from', 'prepare_device', 'check_world', 'begin', 'train', 'scheduled', 'scalars',
-           'finish', 'Config', 'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build_cached',
-           'open_pairs', 'build', 'open_run', 'differences']
+           'parameter_groups', 'make_optimizer', 'Batch', 'twins', 'make_batch', 'contrastive_loss', 'lowered',
+           'forward', 'compiled_masked_loss', 'masked_losses', 'total_loss', 'loss_values', 'backward',
+           'trained_parameters', 'save_checkpoint', 'checked_step', 'load_checkpoint', 'seconds_trained',
+           'progress_line', 'RunLog', 'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch', 'batches_from',
+           'prepare_device', 'check_world', 'begin', 'train', 'scheduled', 'scalars', 'finish', 'Config',
+           'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs', 'build',
+           'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
 import contextlib, copy, dataclasses, functools, hashlib, itertools, json, math, signal, sys, threading, time
@@ -29,6 +29,7 @@ from .masking import mask_tokens, masked_loss, masked_loss_of_states
 from .text import BPE, CLIPBPE
 from .titok import PUBLISHED, TINY_TOKENIZER, TiTok
 from .token_cache import CachedPairs, saved_text
+from .transformer import Muon, muon_groups
 
 # %% ../nbs/16_train.ipynb #d3e68720
 @dataclass
@@ -102,58 +103,14 @@ def parameter_groups(
             {"params": [p for name, p in common if not decays(name, p)], "weight_decay": 0.0},
             *({"params": [p for name, p in trainable if name.startswith(start)], "weight_decay": 0.0, "rate": rate} for start, rate in rates.items())]
 
-# %% ../nbs/16_train.ipynb #8c8c21e9
-@torch.no_grad()
-def orthogonalised(
-    matrices:torch.Tensor # (…, n, m)
-) -> torch.Tensor: # (…, n, m)
-    "Matrices with their singular values brought near 1: five Newton-Schulz iterations, with the coefficients of Jordan et al. (2024)."
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return x.mT if tall else x
-
 # %% ../nbs/16_train.ipynb #288df2fb
-class Muon(torch.optim.AdamW):
-    "Muon for groups with a `momentum`, AdamW for the others."
-    @torch.no_grad()
-    def step(self):
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["momentum"]]
-        super().step()
-        self.param_groups = groups
-        for group in groups:
-            if group["momentum"]: self._muon_step(group)
-
-    def _muon_step(self, group):
-        rate, alike = 10 * group["lr"], {}
-        for p in group["params"]:
-            if p.grad is None: continue
-            if not self.state[p]: self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))  # AdamW's loading looks for a step in every state
-            self.state[p]["step"] += 1
-            mean = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            alike.setdefault(p.shape, []).append((p, p.grad.lerp(mean, group["momentum"])))
-        for (n, m), found in alike.items():  # matrices of one size at once
-            for (p, _), direction in zip(found, orthogonalised(torch.stack([wanted for _, wanted in found]))):
-                p.mul_(1 - rate * group["weight_decay"]).sub_(direction, alpha=rate * max(1.0, n / m) ** 0.5)
-
-
 def make_optimizer(
     model:torch.nn.Module,
     config:TrainConfig
 ) -> torch.optim.AdamW:
     "The optimiser that a configuration names."
     groups = parameter_groups(model, config.weight_decay)
-    if config.optimizer == "muon":
-        names = {id(p): name for name, p in model.named_parameters()}
-        inside = [p for p in groups[0]["params"] if p.ndim == 2 and "resblocks" in names[id(p)]]
-        taken = {id(p) for p in inside}
-        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in taken]
-        groups = [*({"momentum": 0.0} | group for group in groups), {"params": inside, "weight_decay": config.weight_decay, "momentum": 0.95}]
-    kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
+    kind, groups = (Muon, muon_groups(groups, model)) if config.optimizer == "muon" else (torch.optim.AdamW, groups)
     return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
 
 # %% ../nbs/16_train.ipynb #ca6864aa

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Attention', 'key_mask', 'Packing', 'has_kernel', 'pack', 'packed_attention', 'MLP', 'Block', 'Transformer',
-           'init_transformer']
+           'init_transformer', 'orthogonalised', 'Muon', 'muon_groups']
 
 # %% ../nbs/04_transformer.ipynb #b673be5d
 from typing import NamedTuple
@@ -176,3 +176,53 @@ def init_transformer(
         nn.init.zeros_(block.attn.out_proj.bias)
         nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+# %% ../nbs/04_transformer.ipynb #32d4b280
+@torch.no_grad()
+def orthogonalised(
+    matrices:torch.Tensor # (…, n, m)
+) -> torch.Tensor: # (…, n, m)
+    "Matrices with their singular values brought near 1: five Newton-Schulz iterations, with the coefficients of Jordan et al. (2024)."
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.mT if tall else x
+
+# %% ../nbs/04_transformer.ipynb #1541285c
+class Muon(torch.optim.AdamW):
+    "Muon for groups with a `momentum`, AdamW for the others."
+    @torch.no_grad()
+    def step(self):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["momentum"]]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            if group["momentum"]: self._muon_step(group)
+
+    def _muon_step(self, group):
+        rate, alike = 10 * group["lr"], {}
+        for p in group["params"]:
+            if p.grad is None: continue
+            if not self.state[p]: self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))  # AdamW's loading looks for a step in every state
+            self.state[p]["step"] += 1
+            mean = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            alike.setdefault(p.shape, []).append((p, p.grad.lerp(mean, group["momentum"])))
+        for (n, m), found in alike.items():  # matrices of one size at once
+            for (p, _), direction in zip(found, orthogonalised(torch.stack([wanted for _, wanted in found]))):
+                p.mul_(1 - rate * group["weight_decay"]).sub_(direction, alpha=rate * max(1.0, n / m) ** 0.5)
+
+
+def muon_groups(
+    groups:list, # of parameters, as AdamW takes them
+    model:nn.Module,
+    blocks:str="resblocks." # part of the name of all that is inside blocks
+) -> list: # the same groups, and as the last one the matrices inside the blocks, which are taken out of the first
+    "Groups for `Muon`: matrices inside blocks go to Muon, all else stays with AdamW."
+    inside = {id(p) for name, p in model.named_parameters() if blocks in name and p.ndim == 2}
+    matrices = [p for p in groups[0]["params"] if id(p) in inside]
+    first = groups[0] | {"params": [p for p in groups[0]["params"] if id(p) not in inside]}
+    return [*({"momentum": 0.0} | group for group in (first, *groups[1:])), groups[0] | {"params": matrices, "momentum": 0.95}]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fuselip_edu.quantize import FiniteScalarQuantizer, VectorQuantizer, nearest_code, perplexity, straight_through
-from fuselip_edu.titok import TiTok, TiTokConfig, TokenizerTrainConfig, train_tokenizer
+from fuselip_edu.titok import TiTok, TokenizerTraining, TiTokConfig, TokenizerTrainConfig, train_tokenizer
 
 
 @pytest.mark.parametrize("n, k, d", [(1, 1, 1), (500, 64, 2), (300, 256, 12), (200, 1000, 64)])
@@ -174,6 +174,14 @@ def test_an_error_that_is_no_number_stops_the_training():
     assert [row["step"] for row in rows] == [2, 4]
 
 
+def test_matrices_inside_the_blocks_of_a_tokenizer_take_steps_of_muon():
+    tokenizer = TiTok(SIZES)
+    groups = TokenizerTraining(tokenizer, kept_images(), KEPT).optimizer.param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(tokenizer.parameters()))
+    taken = {name for name, p in tokenizer.named_parameters() if any(p is one for group in groups if group["momentum"] for one in group["params"])}
+    assert taken == {f"{half}.transformer.0.{name}" for half in ("encoder", "decoder") for name in ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")}
+
+
 class Pulled(Exception): "The plug."
 
 
@@ -212,7 +220,7 @@ def test_the_beginning_of_another_training_is_refused(tmp_path):
     path = tmp_path / "unfinished.safetensors"
     trained(KEPT, path, 24)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="beginning of a training of other sizes, settings or pictures"): trained(dataclasses.replace(KEPT, lr=2e-3), path)
+    with pytest.raises(ValueError, match="beginning of a training of other sizes, settings or pictures"): trained(dataclasses.replace(KEPT, lr=3e-3), path)
     with pytest.raises(ValueError, match="beginning of a training"): train_tokenizer(TiTok(SIZES), kept_images()[:11], KEPT, keep=path)
     with pytest.raises(ValueError, match="beginning of a training"): train_tokenizer(TiTok(dataclasses.replace(SIZES, n_codes=8)), kept_images(), KEPT, keep=path)
     assert path.read_bytes() == before

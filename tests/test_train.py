@@ -19,7 +19,7 @@ from fuselip_edu.batches import SourcePairs, grouped_batches, tokenize_pairs
 from fuselip_edu.distributed import World
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
-from fuselip_edu.train import (PRESETS, TrainConfig, backward, batches_from, build, epoch_batches, load_checkpoint, make_batch, make_optimizer, orthogonalised,
+from fuselip_edu.train import (PRESETS, TrainConfig, backward, batches_from, build, epoch_batches, load_checkpoint, make_batch, make_optimizer,
                                open_run, parameter_groups, preset, save_checkpoint, seconds_trained, steps_an_epoch, train, twins, update)
 
 
@@ -92,15 +92,6 @@ def test_losses_in_chunks_are_the_losses(pairs, chunk):
         found.append((values, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(*(gradient for _, gradient in found), atol=1e-6 * float(found[0][1].abs().max()), rtol=0)
-
-
-@pytest.mark.parametrize("shape", [(6, 6), (4, 20), (20, 4)])
-def test_orthogonalised_evens_out_the_strengths_and_keeps_the_directions(shape):
-    torch.manual_seed(0)
-    matrix = torch.randn(shape, dtype=torch.float64)
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    strengths = left.mT @ orthogonalised(matrix) @ right.mT
-    assert (strengths - strengths.diag().diag()).abs().max() < 1e-6 and 0.6 < strengths.diag().min() <= strengths.diag().max() < 1.3
 
 
 def test_muon_is_pytorchs_for_matrices_and_adamw_for_the_rest():

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fuselip_edu.transformer import MLP, Attention, Block, Transformer, init_transformer, key_mask, pack
+from fuselip_edu.transformer import MLP, Attention, Block, Muon, Transformer, init_transformer, key_mask, muon_groups, orthogonalised, pack
 
 
 @pytest.fixture(autouse=True)
@@ -195,3 +195,30 @@ def test_the_kernel_for_any_lengths_gives_what_the_runs_give(monkeypatch):
         result.square().mean().backward()
         found.append([result.detach(), *(p.grad.clone() for p in encoder.parameters())])
     for ours, plain in zip(*found): torch.testing.assert_close(ours, plain, atol=2e-2 * float(plain.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 20), (20, 4)])
+def test_orthogonalised_evens_out_the_strengths_and_keeps_the_directions(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    strengths = left.mT @ orthogonalised(matrix) @ right.mT
+    assert (strengths - strengths.diag().diag()).abs().max() < 1e-6 and 0.6 < strengths.diag().min() <= strengths.diag().max() < 1.3
+
+
+def test_muon_takes_the_matrices_inside_blocks_and_nothing_else():
+    model = nn.ModuleDict({"table": nn.Embedding(5, 8), "transformer": Transformer(8, 2, 2), "head": nn.Linear(8, 3)})
+    scalars, tables = [p for p in model.parameters() if p.ndim < 2], [p for p in model.parameters() if p.ndim == 2]
+    groups = [{"params": tables, "weight_decay": 0.5}, {"params": scalars, "weight_decay": 0.0}]
+    first, second, muon = muon_groups(groups, model)
+    assert {name for name, p in model.named_parameters() if any(p is taken for taken in muon["params"])} == {f"transformer.resblocks.{block}.{name}" for block in (0, 1) for name in (
+        "attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")}
+    assert [id(p) for p in first["params"]] == [id(model["table"].weight), id(model["head"].weight)] and second["params"] is scalars
+    assert (first["momentum"], second["momentum"], muon["momentum"]) == (0, 0, 0.95) and (first["weight_decay"], second["weight_decay"], muon["weight_decay"]) == (0.5, 0, 0.5)
+    assert len(groups[0]["params"]) == 10  # the groups that were given are as they were
+    (matrix, bias), before = (model["transformer"].resblocks[0].mlp.c_fc.weight, model["head"].bias), {}
+    for p in model.parameters(): before[p], p.grad = p.detach().clone(), torch.randn_like(p)
+    Muon([first, second, muon], lr=1e-3, eps=1e-8).step()
+    rotation = (before[matrix] * (1 - 0.01 * 0.5) - matrix) / (0.01 * 2)  # ten times the rate, and √(n/m) for 32 rows of 8
+    assert ((torch.linalg.svdvals(rotation) - 0.95).abs() < 0.3).all()
+    torch.testing.assert_close(before[bias] - bias, 1e-3 * bias.grad.sign(), atol=1e-6, rtol=0)  # AdamW's first step
