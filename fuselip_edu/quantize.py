@@ -73,14 +73,16 @@ class VectorQuantizer(nn.Module):
         return F.normalize(self.embedding.weight, dim=-1) if self.l2_norm else self.embedding.weight
 
     def forward(self,
-        z:torch.Tensor # (..., code_dim)
+        z:torch.Tensor, # (..., code_dim)
+        commitment:float|None=None # for this call instead of the quantiser's own
     ) -> tuple: # quantised (..., code_dim), indices (...), loss (scalar)
         _check_width(z, self.code_dim)
+        weight = self.commitment if commitment is None else commitment
         z, codebook = z.float(), self.codebook
         if self.l2_norm: z = F.normalize(z, dim=-1)
         indices = nearest_code(z.reshape(-1, self.code_dim), codebook).view(z.shape[:-1])
         codes = F.embedding(indices, codebook)
-        loss = F.mse_loss(codes, z.detach()) + self.commitment * F.mse_loss(z, codes.detach())
+        loss = F.mse_loss(codes, z.detach()) + weight * F.mse_loss(z, codes.detach())
         if self.training: self.usage += torch.bincount(indices.flatten(), minlength=self.n_codes)
         return straight_through(z, codes), indices, loss
 

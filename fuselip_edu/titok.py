@@ -320,7 +320,6 @@ class TokenizerTraining:
         self.tokenizer, self.images, self.config, self.generator = tokenizer, images, config, torch.Generator().manual_seed(config.seed)
         groups = muon_groups([{"params": [*tokenizer.parameters()], "weight_decay": 0.0}], tokenizer, "transformer.")
         self.optimizer = Muon(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
-        tokenizer.quantize.commitment = config.commitment
         self.step, self.rows, self.recent, self.seen, self.replaced = 0, [], [], [], 0
 
     def learning_rate(self):
@@ -334,7 +333,7 @@ class TokenizerTraining:
         if self.step == config.free_steps: quantize.fill_from(torch.cat(self.recent), self.generator)
         elif self.step % config.reset_every == 0 and self.step < config.reset_until * config.steps:
             self.replaced += quantize.fill_from(torch.cat(self.recent), self.generator, dead_only=True)
-        return quantize(z)
+        return quantize(z, config.commitment)
 
     def advance(self) -> torch.Tensor: # the error of the batch
         "One step."

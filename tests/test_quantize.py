@@ -182,6 +182,19 @@ def test_matrices_inside_the_blocks_of_a_tokenizer_take_steps_of_muon():
     assert taken == {f"{half}.transformer.0.{name}" for half in ("encoder", "decoder") for name in ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")}
 
 
+def test_the_commitment_of_a_recipe_is_that_of_the_training_alone():
+    z, losses = torch.randn(2, 4, 12), []
+    for weight in (0.0, 0.25, 4.0):
+        torch.manual_seed(0)
+        training = TokenizerTraining(TiTok(SIZES), kept_images(), dataclasses.replace(KEPT, free_steps=0, commitment=weight))
+        training.quantise(z)  # draws the codebook
+        training.step = 1
+        losses.append(training.quantise(z + 0.1)[2])
+        assert training.tokenizer.quantize.commitment == 0.25  # ETT goes on with it
+    assert losses[0] > 0
+    torch.testing.assert_close(torch.stack(losses), losses[0] * torch.tensor([1.0, 1.25, 5.0]))
+
+
 class Pulled(Exception): "The plug."
 
 
