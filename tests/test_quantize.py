@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fuselip_edu.quantize import FiniteScalarQuantizer, VectorQuantizer, nearest_code, perplexity, straight_through
-from fuselip_edu.titok import TiTok, TokenizerTraining, TiTokConfig, TokenizerTrainConfig, train_tokenizer
+from fuselip_edu.titok import TiTok, TiTokConfig, TokenizerTrainConfig, TokenizerTraining, train_tokenizer
 
 
 @pytest.mark.parametrize("n, k, d", [(1, 1, 1), (500, 64, 2), (300, 256, 12), (200, 1000, 64)])

@@ -219,6 +219,6 @@ def test_muon_takes_the_matrices_inside_blocks_and_nothing_else():
     (matrix, bias), before = (model["transformer"].resblocks[0].mlp.c_fc.weight, model["head"].bias), {}
     for p in model.parameters(): before[p], p.grad = p.detach().clone(), torch.randn_like(p)
     Muon([first, second, muon], lr=1e-3, eps=1e-8).step()
-    rotation = (before[matrix] * (1 - 0.01 * 0.5) - matrix) / (0.01 * 2)  # ten times the rate, and √(n/m) for 32 rows of 8
-    assert ((torch.linalg.svdvals(rotation) - 0.95).abs() < 0.3).all()
+    direction = (before[matrix] * (1 - 0.01 * 0.5) - matrix) / (0.01 * 2)  # ten times the rate, and √(n/m) for 32 rows of 8
+    assert ((torch.linalg.svdvals(direction) - 0.95).abs() < 0.3).all()
     torch.testing.assert_close(before[bias] - bias, 1e-3 * bias.grad.sign(), atol=1e-6, rtol=0)  # AdamW's first step
