@@ -48,6 +48,7 @@ class Query:
     item: Item
     candidates: tuple  # of `Item`, or of tuples of `Item` whose embeddings are averaged (prompt templates)
     kind: str = ""  # for tasks that are reported by kind, e.g. "flip"
+    about: Any = None  # hashable: queries about the same thing are not independent of each other
 
     def __post_init__(self):
         if len(self.candidates) < 2:

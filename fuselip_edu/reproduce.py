@@ -247,10 +247,12 @@ def _kind_weights(queries): # -> (n,), summing to 1, every kind the same
     return torch.tensor([1 / kinds.count(kind) / len(set(kinds)) for kind in kinds], dtype=torch.float64)
 
 
-def _clusters(queries): # -> (n,): queries about one picture belong together
+def _clusters(queries): # -> (n,): queries about one thing belong together, or else those about one picture
+    def key(at, query):
+        if query.about is not None: return query.about
+        return ("text", at) if query.item.image is None else load_image(query.item.image).numpy().tobytes()
     known = {}
-    keys = [("text", at) if query.item.image is None else load_image(query.item.image).numpy().tobytes() for at, query in enumerate(queries)]
-    return torch.tensor([known.setdefault(key, len(known)) for key in keys])
+    return torch.tensor([known.setdefault(key(at, query), len(known)) for at, query in enumerate(queries)])
 
 
 def summarise_trials(

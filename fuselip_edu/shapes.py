@@ -166,13 +166,20 @@ FAMILIAR = tuple(name for name in NAMES if tuple(name.split()) not in HELD_OUT) 
 SPLITS = ("train", "test", "unseen")
 
 
+def _mirrored(things): return [(name, side, row, GRID - side - column) for name, side, row, column in things]
+
+
+def _transposed(things): return [(name, side, column, row) for name, side, row, column in things]
+
+
 def split_of(
     scene:Scene
 ) -> str: # one of `SPLITS`
-    "Scenes with a held-out name are unseen; a tenth of the others, by checksum, is test."
+    "Scenes with a held-out name are unseen; a tenth of the others, by checksum, is test. Turned and mirrored, a scene stays where it is."
     if any(thing.name not in FAMILIAR for thing in scene.objects): return "unseen"
-    things = sorted(f"{thing.size} {thing.name} {thing.row} {thing.column}" for thing in scene.objects)
-    checksum = zlib.crc32(f"{things} {scene.tone} {scene.texture}".encode())
+    layouts = [[(thing.name, SIZES[thing.size], thing.row, thing.column) for thing in scene.objects]]
+    for turn in (_mirrored, _transposed) * 4: layouts.append(turn(layouts[-1]))  # in turns, the two give all eight
+    checksum = zlib.crc32(f"{min(map(sorted, layouts))} {scene.tone} {scene.texture}".encode())
     return "test" if checksum % 10 == 0 else "train"
 
 # %% ../nbs/02_shapes.ipynb #12534867

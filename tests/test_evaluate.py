@@ -55,6 +55,47 @@ def test_of_the_crops_one_shows_what_is_asked_for(name, monkeypatch):
         if name != "region_crop": assert names[0].endswith(query.item.text.removeprefix("the "))
 
 
+def test_no_other_candidate_of_retrieval_is_true(monkeypatch):
+    scenes = [shapes.scene_at(i, 0, "test") for i in range(60)]
+    names, images = [{thing.name for thing in scene.objects} for scene in scenes], [shapes.render(scene) for scene in scenes]
+    said = lambda text: {part.removeprefix("a ") for part in text.replace(" and ", ", ").split(", ")}
+    pictured = lambda picture: next(name for name, image in zip(names, images) if torch.equal(image, picture))
+    queries = e.shapes_tasks(60, names=("retrieval",))["retrieval"]
+    for query in queries:
+        pairs = [(said(other.text), pictured(query.item.image)) if query.kind == "image to text" else (said(query.item.text), pictured(other.image)) for other in query.candidates]
+        assert [wanted <= there for wanted, there in pairs] == [True] + [False] * (len(pairs) - 1)
+    assert any(a < b for a in names for b in names)  # such captions exist
+
+
+def test_strangers_of_a_position_have_another_name(monkeypatch):
+    shown, region = {}, shapes.region
+
+    def remembered(image, thing):
+        picture = region(image, thing)
+        shown[id(picture)] = picture, thing.name
+        return picture
+
+    monkeypatch.setattr(shapes, "region", remembered)
+    for query in e.shapes_tasks(60, names=("position",))["position"]:
+        names = [shown[id(candidate.image)][1] for candidate in query.candidates]
+        assert len(names) == 4 and names.count(names[0]) == 1
+
+
+def test_a_shade_less_than_a_level_apart_is_the_same_and_a_small_shape_is_not():
+    image = shapes.render(shapes.scene_at(0))
+    darker, spot = (image.int() - 1).clamp(min=0).to(torch.uint8), image.clone()
+    spot[:, :6, :6] = 255 - spot[:, :6, :6]
+    darker[0, 0, 0] = image[0, 0, 0]  # less than one level on average
+    query = lambda *others: e._query(None, Item(text="?"), Item(image), [Item(other) for other in others])
+    assert query(darker) == [] and len(query(darker, spot)[0].candidates) == 2
+
+
+def test_queries_say_which_scene_they_are_about(tasks):
+    for name, queries in tasks.items(): assert all(isinstance(query.about, shapes.Scene) for query in queries), name
+    assert len({query.about for query in tasks["tgit"]}) == 20 < len(tasks["tgit"])
+    for query in tasks["vqa"]: assert torch.equal(query.item.image, shapes.render(query.about))
+
+
 def test_questions_have_the_answer_that_the_scene_gives(tasks):
     answers = {question: answer for i in range(20) for _, question, answer in shapes.questions(shapes.scene_at(i, 0, "test"), random.Random("0/vqa"))}
     assert len(answers) > 20

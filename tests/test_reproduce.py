@@ -165,6 +165,8 @@ def test_queries_about_one_picture_are_one_cluster():
     queries = [Query(Item(pictures[0], "a"), (Item(text="x"), Item(text="y"))), Query(Item(pictures[1], "a"), (Item(text="x"), Item(text="y"))),
                Query(Item(pictures[0].clone(), "b"), (Item(text="x"), Item(text="y"))), *[Query(Item(text="t"), (Item(text="x"), Item(text="y")))] * 2]
     assert r._clusters(queries).tolist() == [0, 1, 0, 2, 3]
+    about = [dataclasses.replace(query, about=scene) for query, scene in zip(queries, ("a", "b", "b", "a", None))]
+    assert r._clusters(about).tolist() == [0, 1, 1, 0, 2]  # what a query says that it is about comes first
 
 
 def trial(answers): return {"parameters": 10, "flops_per_pair": 5.0, "seconds": 2.0, "pairs": 100, "curve": [], "answers": answers}

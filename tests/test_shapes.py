@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,6 +177,22 @@ def test_the_splits_never_meet():
     assert all(any(thing.name in HELD_OUT_NAMES for thing in scene.objects) for scene in unseen)
     reordered = Scene(TRAIN[3].objects[::-1], TRAIN[3].tone, TRAIN[3].texture)
     assert shapes.split_of(reordered) == "train"
+
+
+def turned(scene, turns, mirror): # quarter turns, after a mirror image if asked for
+    for _ in range(turns + mirror):
+        last = lambda thing: shapes.GRID - shapes.SIZES[thing.size]
+        moved = (lambda thing: (thing.row, last(thing) - thing.column)) if mirror else (lambda thing: (thing.column, last(thing) - thing.row))
+        scene, mirror = replace(scene, objects=tuple(replace(thing, row=moved(thing)[0], column=moved(thing)[1]) for thing in scene.objects)), False
+    return scene
+
+
+def test_a_scene_stays_in_its_split_however_it_is_turned_and_mirrored():
+    assert turned(turned(TRAIN[3], 1, False), 3, False) == TRAIN[3] != turned(TRAIN[3], 0, True)
+    views = lambda scene: [turned(scene, turns, mirror) for turns in range(4) for mirror in (False, True)]
+    for scene in TRAIN[:200] + TEST[:200]: assert {shapes.split_of(view) for view in views(scene)} == {shapes.split_of(scene)}
+    lone = [Scene((shapes.Object(*reversed(name.split()), "small", row, column),)) for name in shapes.FAMILIAR for row in range(4) for column in range(4)]
+    assert {shapes.split_of(scene) for scene in lone} == {"train", "test"}  # other scenes still part
 
 
 def test_training_never_names_a_held_out_combination():
