@@ -1,4 +1,4 @@
-"""A starved tokenizer: sixteen codes in place of 256. Does it help to tune it with the task (ETT, chapter 20)?
+"""A starved tokenizer: sixteen codes in place of 1,024. Does it help to tune it with the task (ETT, chapter 20)?
 
 Models on the shapes of chapter 2, alike but for how they read a picture, with equal pairs:
   fuselip         the codes' numbers, looked up in a table; the tokenizer is frozen

@@ -6,9 +6,9 @@
 __all__ = ['LATER_FIELDS', 'TINY_TOKENIZER', 'TOKENIZER_PRESETS', 'MODEL_SIZES', 'PIXEL_CODES', 'PIXEL_CODE_DIM',
            'PIXEL_CHANNELS', 'PUBLISHED', 'TiTokConfig', 'sincos_positions', 'TiTokEncoder', 'TiTokDecoder',
            'place_latents', 'whole_products', 'checked_pixels', 'TiTok', 'fetch_folder', 'weights_file', 'saved_config',
-           'build_from', 'read_titok_config', 'TokenizerTrainConfig', 'permute_colours', 'TokenizerTraining',
-           'train_tokenizer', 'published_config', 'encoder_config', 'legacy_head', 'PixelBlock', 'PixelStage',
-           'PixelDecoder', 'paint']
+           'build_from', 'read_titok_config', 'TokenizerTrainConfig', 'permute_colours', 'outline_error',
+           'TokenizerTraining', 'train_tokenizer', 'published_config', 'encoder_config', 'legacy_head', 'PixelBlock',
+           'PixelStage', 'PixelDecoder', 'paint']
 
 # %% ../nbs/05_titok.ipynb #1a15e086
 import contextlib, dataclasses, json, math, re, zlib
@@ -32,7 +32,7 @@ class TiTokConfig:
     image_size: int = 32  # pixels a side
     patch_size: int = 8  # pixels a side
     n_latents: int = 16  # codes an image
-    n_codes: int = 256  # size of the codebook
+    n_codes: int = 1024  # size of the codebook
     code_dim: int = 12  # numbers a code
     l2_norm: bool = True  # codes and latents on the unit sphere
     width: int = 128
@@ -288,6 +288,7 @@ class TokenizerTrainConfig:
     batch_size: int = 32  # images
     lr: float = 2e-3  # peak, then half a cosine; ten times as much for the matrices that Muon moves
     warmup_steps: int = 100
+    outlines: float = 1.0  # weight of the error of differences between neighbouring pixels
     commitment: float = 4.0  # weight of the pull of the codes on the encoder
     reset_every: int = 50  # steps between replacements of dead codes
     reset_until: float = 0.8  # share of the steps after which codes are left alone
@@ -299,7 +300,7 @@ class TokenizerTrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "reset_every", "log_every"):
             if getattr(self, name) < 1: raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("free_steps", "lr", "warmup_steps", "commitment"):
+        for name in ("free_steps", "lr", "warmup_steps", "outlines", "commitment"):
             if getattr(self, name) < 0: raise ValueError(f"train.{name} must not be negative, and is {getattr(self, name)}")
 
 # %% ../nbs/05_titok.ipynb #a3700f27
@@ -312,6 +313,15 @@ def permute_colours(
     orders = torch.rand(len(pixels), 3, generator=generator).argsort(1)
     orders[torch.rand(len(pixels), generator=generator) >= share] = torch.arange(3)
     return pixels[torch.arange(len(pixels))[:, None], orders]
+
+# %% ../nbs/05_titok.ipynb #3327a75a
+def outline_error(
+    painted:torch.Tensor, # (b, 3, s, s)
+    wanted:torch.Tensor # (b, 3, s, s)
+) -> torch.Tensor: # scalar
+    "Mean squared error of the differences between neighbouring pixels, across plus down."
+    wrong = painted - wanted
+    return sum(wrong.diff(dim=axis).square().mean() for axis in (-1, -2))
 
 # %% ../nbs/05_titok.ipynb #95a61f7f
 class TokenizerTraining:
@@ -342,9 +352,10 @@ class TokenizerTraining:
         pixels = self.images[torch.randint(len(self.images), (config.batch_size,), generator=self.generator)].float() / 255
         pixels = permute_colours(pixels, config.permute_colours, self.generator).to(tokenizer.latent_tokens.device)
         codes, indices, quantizer_loss = self.quantise(tokenizer.latents(pixels))
-        error = F.mse_loss(tokenizer.decoder(codes), tokenizer.standardise(pixels))
+        painted, wanted = tokenizer.decoder(codes), tokenizer.standardise(pixels)
+        error = F.mse_loss(painted, wanted)
         self.optimizer.zero_grad()
-        (error + quantizer_loss).backward()
+        (error + config.outlines * outline_error(painted, wanted) + quantizer_loss).backward()
         torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         self.optimizer.step()
         if indices is not None: self.seen.append(indices)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fuselip_edu.baselines import BASELINES, FusionModule, LateFusion, LateFusionConfig, image_features, pixel_pairs, score_fusion, text_features, text_states
+from fuselip_edu.baselines import BASELINES, FusionModule, LateFusion, LateFusionConfig, distinct_rows, image_features, pixel_pairs, rows_by_sum, score_fusion, text_features, text_states
 from fuselip_edu.contrastive import sigmoid_loss
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig, SequenceEncoder
 from fuselip_edu.pairs import Item, Pair
@@ -66,7 +66,7 @@ def test_the_fusion_module_has_the_papers_size(name, exact, millions):
 @pytest.mark.parametrize("name", ["tiny-sf", "tiny-mlf"])
 def test_tiny_rivals_are_as_large_as_tiny_fuselip(name):
     tokenizer = SimpleNamespace(n_vocab=512, sot=1, eot=2, pad=0)
-    rival, fuselip = LateFusion(BASELINES[name], tokenizer), SequenceEncoder(FuseLIPConfig(), Vocab(512, 1, 2, 256, 64))
+    rival, fuselip = LateFusion(BASELINES[name], tokenizer), SequenceEncoder(FuseLIPConfig(), Vocab(512, 1, 2, 1024, 64))
     assert abs(n_parameters(rival) / n_parameters(fuselip) - 1) < 0.05
 
 
@@ -289,3 +289,25 @@ def test_gradients_are_those_of_every_row_by_itself(groups):
     apart = [torch.autograd.grad((model(**{k: v[i:i + 1] for k, v in inputs.items()}) * weight[i:i + 1]).sum(), parameters, allow_unused=True) for i in range(20)]
     for name, whole, *parts in zip(names, together, *apart):
         if whole is not None: torch.testing.assert_close(whole, sum(part for part in parts if part is not None), atol=1e-4, rtol=1e-4)
+
+
+# ---- what is there once
+
+@pytest.mark.parametrize("k", [7, 16, 3072])
+def test_rows_told_apart_by_their_sums_are_those_that_differ(k):
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randint(0, 2, (40, k), generator=generator, dtype=torch.uint8)[torch.randint(0, 40, (100,), generator=generator)]
+    table[7], table[8] = table[3], table[3]
+    table[8, -1] += 1  # one byte
+    distinct, row = rows_by_sum(table)
+    expected, where = distinct_rows(table)
+    assert torch.equal(distinct[row], table) and torch.equal(distinct.unique(dim=0), expected)
+    assert torch.equal(row[:, None] == row, where[:, None] == where)
+
+
+def test_rows_of_one_sum_are_compared(monkeypatch):
+    monkeypatch.setattr(torch, "randint", lambda low, high, size, generator: torch.zeros(size, dtype=torch.int64))  # every factor is 1
+    table = torch.zeros(3, 16, dtype=torch.uint8)
+    table[0, 0], table[1, 8], table[2, 0] = 1, 1, 1
+    distinct, row = rows_by_sum(table)
+    assert len(distinct) == 2 and torch.equal(distinct[row], table)

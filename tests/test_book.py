@@ -134,8 +134,11 @@ def test_numbers_of_a_gpu_come_from_its_results(size, root):
 
 
 def test_the_row_of_small_comes_from_its_run(root):
-    found, readme = json.loads((root / "data" / "results" / "small-h200.json").read_text()), (root / "README.md").read_text()
-    assert f"{found['pairs_per_second']:,.0f} pairs a second on one {found['hardware']}, {found['steps']:,} steps in {found['seconds']:.0f} s" in readme
+    found = json.loads((root / "data" / "results" / "small-h200.json").read_text())
+    for path in ("README.md", "nbs/21_reproduce.ipynb"):
+        text = (root / path).read_text()
+        for line in reproduction_table(found, ()).splitlines(): assert line in text, f"{path} is not of data/results/small-h200.json; run make notebooks"
+    assert f"{found['models']['fuselip']['seconds']:.0f} s of training on one {found['hardware']}" in (root / "README.md").read_text()
 
 
 def test_results_and_chapters_name_no_place_of_this_machine(root):

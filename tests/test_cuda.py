@@ -10,12 +10,13 @@ from fuselip_edu.batches import open_data, tokenize_pairs
 from fuselip_edu.core import seed_everything
 from fuselip_edu.filip import FILIP_PRESETS, build_filip
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
+from fuselip_edu.reproduce import flops_per_pair
 from fuselip_edu.scaling import benchmark, ladder
 from fuselip_edu.shapes import render, scene_at
 from fuselip_edu.sources import source_groups
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
-from fuselip_edu.train import TrainConfig, backward, make_batch, preset, train
+from fuselip_edu.train import TrainConfig, backward, build, make_batch, preset, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -78,6 +79,18 @@ def test_embeddings_and_codes_are_those_of_a_cpu():
     torch.backends.cuda.matmul.allow_tf32 = False
     same = (model.embed_items(items) - plain).abs().max(1).values < 1e-4
     assert float(same.float().mean()) > 0.98  # a code between two entries may fall to either
+
+
+def test_data_is_tokenized_and_work_is_counted_there_as_on_a_cpu():
+    built = {}
+    for device in ("cpu", "cuda"):
+        config = preset("tiny")
+        config.scenes, config.train = 20, dataclasses.replace(config.train, batch_size=32, device=device)
+        model, pairs = build(config)
+        assert model.device.type == model.image_tokenizer.latent_tokens.device.type == device
+        built[device] = pairs, flops_per_pair(model, pairs, config.train)
+    ids = [pairs.inputs(range(100))["ids"] for pairs, _ in built.values()]
+    assert float((ids[0] == ids[1]).float().mean()) > 0.999 and abs(built["cuda"][1] / built["cpu"][1] - 1) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["tiny-sf", "tiny-mlf", "tiny-filip", "tiny-filip-patches"])

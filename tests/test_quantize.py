@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fuselip_edu.quantize import FiniteScalarQuantizer, VectorQuantizer, nearest_code, perplexity, straight_through
-from fuselip_edu.titok import TiTok, TiTokConfig, TokenizerTrainConfig, TokenizerTraining, train_tokenizer
+from fuselip_edu.titok import TiTok, TiTokConfig, TokenizerTrainConfig, TokenizerTraining, outline_error, train_tokenizer
 
 
 @pytest.mark.parametrize("n, k, d", [(1, 1, 1), (500, 64, 2), (300, 256, 12), (200, 1000, 64)])
@@ -161,7 +161,7 @@ def test_finite_scalar_gradient_is_that_of_the_squashing():
 SIZES = TiTokConfig(image_size=16, patch_size=8, n_latents=4, n_codes=16, width=16, layers=1, heads=2, decoder_width=16, decoder_layers=1, decoder_heads=2)
 
 
-@pytest.mark.parametrize("name,value,message", [("steps", 0, "at least 1"), ("log_every", 0, "at least 1"), ("reset_every", 0, "at least 1"), ("batch_size", 0, "at least 1"), ("lr", -1, "not be negative"), ("warmup_steps", -1, "not be negative")])
+@pytest.mark.parametrize("name,value,message", [("steps", 0, "at least 1"), ("log_every", 0, "at least 1"), ("reset_every", 0, "at least 1"), ("batch_size", 0, "at least 1"), ("lr", -1, "not be negative"), ("warmup_steps", -1, "not be negative"), ("outlines", -1, "not be negative")])
 def test_recipes_that_cannot_be_meant(name, value, message):
     with pytest.raises(ValueError, match=f"train.{name} must {'be' if message[0] == 'a' else ''}.*{message}.*{value}"): TokenizerTrainConfig(**{name: value})
 
@@ -193,6 +193,19 @@ def test_the_commitment_of_a_recipe_is_that_of_the_training_alone():
         assert training.tokenizer.quantize.commitment == 0.25  # ETT goes on with it
     assert losses[0] > 0
     torch.testing.assert_close(torch.stack(losses), losses[0] * torch.tensor([1.0, 1.25, 5.0]))
+
+
+def test_outlines_count_and_an_even_shift_has_none():
+    wanted, spot = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 1, 2, 2)
+    spot[0, 0, 0, 1] = 2.0  # one of two differences across, and one of two down
+    assert outline_error(spot, torch.zeros(1, 1, 2, 2)) == 4.0
+    torch.testing.assert_close(outline_error(wanted + 0.3, wanted), torch.tensor(0.0), atol=1e-12, rtol=0)
+    found = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        training = TokenizerTraining(TiTok(SIZES), kept_images(), dataclasses.replace(KEPT, outlines=weight))
+        found.append((float(training.advance()), training.tokenizer.decoder.mask_token.grad.norm()))
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]  # the error that is reported is that of the pixels
 
 
 class Pulled(Exception): "The plug."
