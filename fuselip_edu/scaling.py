@@ -119,6 +119,7 @@ def ladder(
         step("bf16", precision="bf16")
         step("compiled", compiled=True)
         step("in as few parts as fit", parts=1)
+        step("losses whole again", chunk=0)
     return rungs
 
 # %% ../nbs/22_scaling.ipynb #687e3c15

@@ -532,7 +532,7 @@ def paper_training(
     "The paper's hyper-parameters."
     epochs, weight_decay = {"cc3m": (8, 1.0), "cc12m": (16, 0.5)}[captions]
     return TrainConfig(epochs=epochs, batch_size=2048, shards=8, lr=1e-3, warmup_steps=12_000, optimizer="adamw", weight_decay=weight_decay,
-                       chunk=4096, skip_twins=False, mask_probability=0.1, checkpoint_every=1000)
+                       chunk=16_384, skip_twins=False, mask_probability=0.1, checkpoint_every=1000)
 
 
 PAPER_SIZES = {"s": ("yucornetto/tokenizer_titok_s128_imagenet", FuseLIPConfig(384, 12, 6, 4.0, 180)),

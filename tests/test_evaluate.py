@@ -55,7 +55,7 @@ def test_of_the_crops_one_shows_what_is_asked_for(name, monkeypatch):
         if name != "region_crop": assert names[0].endswith(query.item.text.removeprefix("the "))
 
 
-def test_no_other_candidate_of_retrieval_is_true(monkeypatch):
+def test_no_other_candidate_of_retrieval_is_true():
     scenes = [shapes.scene_at(i, 0, "test") for i in range(60)]
     names, images = [{thing.name for thing in scene.objects} for scene in scenes], [shapes.render(scene) for scene in scenes]
     said = lambda text: {part.removeprefix("a ") for part in text.replace(" and ", ", ").split(", ")}
