@@ -110,7 +110,7 @@ def siglip_towers(
     return CustomTextCLIP(config.width, vision, text, init_logit_scale=math.log(10), init_logit_bias=-10.0)
 
 # %% ../nbs/18_baselines.ipynb #e790fccc
-def rows_by_sum(table): # as `distinct_rows`: rows with one sum of random multiples of their bytes, eight at a time, are taken for equal, and then compared
+def rows_by_sum(table): # (n, k), uint8 -> (d, k), (n,), as `distinct_rows`: rows with one sum of random multiples of their bytes, eight at a time, are taken for equal, and then compared
     words = F.pad(table, (0, -table.shape[1] % 8)).view(torch.int64)
     factors = torch.randint(-2**62, 2**62, words.shape[1:], generator=torch.Generator().manual_seed(0)).to(table.device)
     found, row = (words * (2 * factors + 1)).sum(1).unique(return_inverse=True)
@@ -376,8 +376,8 @@ def pixel_pairs(
 class BaselineConfig:
     "All that decides a baseline's run; the defaults are the preset `tiny-sf`."
     data: str = "shapes"  # as for FuseLIP
-    scenes: int = 5000  # of shapes
-    tgit: int = 3  # transformations of each scene, of shapes
+    scenes: int = 4000  # of shapes
+    tgit: int = 8  # transformations of each scene, of shapes
     without: str = ""  # parts of a scene that are left out, of shapes
     text_vocab: int = 512  # ids of a text tokenizer trained on the data's texts; 0 takes CLIP's
     ahead: bool = True  # read all pictures before training; False reads and crops them in every step, as the paper does
@@ -389,7 +389,7 @@ class BaselineConfig:
 
 BASELINE_PRESETS = {name: BaselineConfig(towers=BASELINES[name]) for name in ("tiny-sf", "tiny-mlf")}
 for _name in ("small-sf", "small-mlf"):
-    BASELINE_PRESETS[_name] = BaselineConfig(scenes=20_000, towers=BASELINES[_name], train=dataclasses.replace(PRESETS["small"].train, mask_probability=0.0))
+    BASELINE_PRESETS[_name] = BaselineConfig(scenes=20_000, tgit=3, towers=BASELINES[_name], train=dataclasses.replace(PRESETS["small"].train, mask_probability=0.0))
 for _captions in ("cc3m", "cc12m"):
     for _name in ("siglip-s-sf", "siglip-s-mlf", "siglip-b-sf", "siglip-b-mlf"):
         BASELINE_PRESETS[f"{_name}-{_captions}"] = BaselineConfig(f"{_captions}-mm:data/cache", text_vocab=0, ahead=False, workers=8, towers=BASELINES[_name],

@@ -80,7 +80,7 @@ class ETTConfig(FuseLIPConfig):
     tuned: bool = True  # False: vectors instead of ids, but the tokenizer stays frozen
     alpha: float = 0.25  # weight of the tokenizer's own loss
     projector_share: float = 0.0  # of the steps, in which only the projector learns; for a model that starts trained
-    joint_share: float = 0.4  # of the steps after that, in which the tokenizer learns too
+    joint_share: float = 0.4  # of the steps: those after the projector's, in which the tokenizer learns too
     tokenizer_rate: float = 0.1  # its share of the learning rate
 
     def __post_init__(self):

@@ -273,7 +273,14 @@ class _Gather(torch.autograd.Function): # (b, …) of every rank -> (size × b, 
         return gradient.chunk(context.world.size)[context.world.rank], None
 
 
-def sharded_filip_loss(left, right, scale, world:World, fraction:float=1.0, chunk:int=0, bias=None): # as `filip_loss`, of this rank's pairs among those of all ranks
+def sharded_filip_loss(
+    left:torch.Tensor, # (b, n, d), this rank's; unit vectors, zero where there is no token
+    right:torch.Tensor, # (b, m, d)
+    scale, # scalar, t in the formula
+    world:World,
+    fraction:float=1.0, # of the tokens of each item that are sent
+    chunk:int=0, bias=None # as for `filip_loss`
+) -> torch.Tensor: # scalar
     "This rank's share; its mean over ranks is the loss of all pairs together. Below 1, `fraction` of the tokens are sent, in half precision."
     if world.size == 1: return filip_loss(left, right, scale, None, chunk, bias)
     target, total = world.rank * len(left) + torch.arange(len(left), device=left.device), 0.0
@@ -290,8 +297,8 @@ def sharded_filip_loss(left, right, scale, world:World, fraction:float=1.0, chun
 class FILIPRun:
     "All that decides a FILIP run; the defaults are the preset `tiny-filip`."
     data: str = "shapes"  # as for FuseLIP, but no token cache
-    scenes: int = 5000  # of shapes
-    tgit: int = 3  # transformations of each scene, of shapes
+    scenes: int = 4000  # of shapes
+    tgit: int = 8  # transformations of each scene, of shapes
     without: str = ""  # parts of a scene that are left out, of shapes
     tokenizer: str = "tiny"  # the image tokenizer, as for FuseLIP
     text_vocab: int = 512  # ids of a text tokenizer trained on the data's texts; 0 takes CLIP's

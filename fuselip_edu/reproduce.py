@@ -193,6 +193,13 @@ def _pool(processes): # each process with one thread; 0 processes: one a core, o
     return concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread)
 
 # %% ../nbs/21_reproduce.ipynb #f1354b39
+_SLOWEST_FIRST = ("ett", "vectors", "fuselip", "filip", "sf", "mlf")
+
+
+def _turn(name, prepare): # of a trial: what is prepared in its own process first, then the slowest, so that no core is left alone with one at the end
+    return name not in prepare, next((at for at, model in enumerate(_SLOWEST_FIRST) if name.startswith(f"{model}, ")), 0)
+
+
 def run_trials(
     trials:dict, # {name: (config, folder)}
     ask, # ask() gives the tasks of `run_trial`: each process makes its own, since thousands of pictures are slow to send
@@ -204,8 +211,7 @@ def run_trials(
     "Run trials side by side; each uses one thread, so its numbers do not depend on how many run."
     results, prepare, started = {}, prepare or {}, time.monotonic()
     with _pool(processes) as pool:
-        first = sorted(trials, key=lambda name: not (name in prepare or name.startswith("ett")))  # the slowest first, so that no core is left alone with it at the end
-        running = {pool.submit(_quiet_trial, trials[name][0], str(trials[name][1]), ask, probe, prepare.get(name)): name for name in first}
+        running = {pool.submit(_quiet_trial, trials[name][0], str(trials[name][1]), ask, probe, prepare.get(name)): name for name in sorted(trials, key=lambda name: _turn(name, prepare))}
         waiting = set(running)
         while waiting:
             done, waiting = concurrent.futures.wait(waiting, 30, concurrent.futures.FIRST_COMPLETED)

@@ -327,7 +327,11 @@ def outline_error(
 # %% ../nbs/05_titok.ipynb #95a61f7f
 class TokenizerTraining:
     "A training between two steps: all that the next one depends on."
-    def __init__(self, tokenizer, images, config):
+    def __init__(self,
+        tokenizer:TiTok,
+        images:torch.Tensor, # (n, 3, s, s), uint8
+        config:TokenizerTrainConfig
+    ):
         self.tokenizer, self.images, self.config, self.generator = tokenizer, images, config, torch.Generator().manual_seed(config.seed)
         groups = muon_groups([{"params": [*tokenizer.parameters()], "weight_decay": 0.0}], tokenizer, "transformer.")
         self.optimizer = Muon(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
@@ -337,7 +341,7 @@ class TokenizerTraining:
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
         return self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps)) * decay
 
-    def quantise(self, z): # (b, n, code_dim) -> codes, indices, loss; before the codebook is drawn z itself
+    def quantise(self, z): # (b, n, code_dim) -> codes (b, n, code_dim), indices (b, n) or None, loss; before the codebook is drawn z itself
         config, quantize = self.config, self.tokenizer.quantize
         self.recent = self.recent[-63:] + [z.detach().flatten(0, 1)]  # of the last 64 batches
         if self.step < config.free_steps: return F.normalize(z, dim=-1) if self.tokenizer.config.l2_norm else z, None, 0.0
@@ -498,13 +502,13 @@ class PixelBlock(nn.Module):
 
 
 class PixelStage(nn.Module):
-    "Two blocks, then twice the height and width."
-    def __init__(self, before, after, double):
+    "Two blocks, then twice the height and width if `double`."
+    def __init__(self, before, after, double): # channels, channels, bool
         super().__init__()
         self.block = nn.ModuleList([PixelBlock(before, after), PixelBlock(after, after)])
         self.upsample_conv = nn.Conv2d(after, after, 3, padding=1) if double else None
 
-    def forward(self, x): # (b, before, h, w) -> (b, after, 2h, 2w)
+    def forward(self, x): # (b, before, h, w) -> (b, after, 2h, 2w), or (b, after, h, w)
         for block in self.block: x = block(x)
         return x if self.upsample_conv is None else self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 

@@ -178,7 +178,8 @@ def forward(model, inputs, config): # -> (2b, width) unit vectors in fp32, and a
 def compiled_masked_loss(): return torch.compile(masked_loss, dynamic=True)
 
 
-def masked_losses(model, encoded, b, config, counts=None): # mean cross-entropy of the left side plus that of the right side
+def masked_losses(model, encoded, b, config, counts=None): # b: pairs of this part; counts: hidden tokens of each side in the whole batch, None if this is all of it
+    "Mean cross-entropy of the left side plus that of the right side, or this part's share of it."
     total = torch.zeros(())
     if encoded is None: return total
     for side in (0, 1):
@@ -513,8 +514,8 @@ def finish(model, log, interrupted, main_folder): # -> the log's rows; an interr
 class Config:
     "All that decides a run; the defaults are the `tiny` preset."
     data: str = "shapes"  # csv:PATH, a set of chapter 12 such as cc3m:DIR, a mixture of chapter 13 such as cc3m-mm:ROOT, or a token cache cache:DIR
-    scenes: int = 5000  # of shapes
-    tgit: int = 3  # transformations of each scene, of shapes
+    scenes: int = 4000  # of shapes
+    tgit: int = 8  # transformations of each scene, of shapes
     without: str = ""  # parts of a scene that are left out, of shapes: caption, vqa, edit, region, tgit, joined by commas
     tokenizer: str = "tiny"  # the image tokenizer: the one that ships, small (trained once, see `tokenizer_place`), a folder, or a hub id
     text_vocab: int = 512  # ids of a text tokenizer trained on the data's texts; 0 takes CLIP's
@@ -539,7 +540,7 @@ PAPER_SIZES = {"s": ("yucornetto/tokenizer_titok_s128_imagenet", FuseLIPConfig(3
                "b": ("yucornetto/tokenizer_titok_bl128_vq8k_imagenet", FuseLIPConfig(512, 12, 8, 4.0, 180))}
 
 _SMALL = TrainConfig(steps=6000, batch_size=256, warmup_steps=300, checkpoint_every=1000)
-PRESETS = {"tiny": Config(), "small": Config(scenes=20_000, tokenizer="small", encoder=FuseLIPConfig(256, 6, 4, 4.0, 128), train=_SMALL)}
+PRESETS = {"tiny": Config(), "small": Config(scenes=20_000, tgit=3, tokenizer="small", encoder=FuseLIPConfig(256, 6, 4, 4.0, 128), train=_SMALL)}
 for _captions in ("cc3m", "cc12m"):
     for _size, (_tokenizer, _encoder) in PAPER_SIZES.items():
         PRESETS[f"fuselip-{_size}-{_captions}"] = Config(f"{_captions}-mm:data/cache", tokenizer=_tokenizer, text_vocab=0, ahead=False, workers=8,

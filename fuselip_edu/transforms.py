@@ -109,7 +109,7 @@ def transform_pairs(
     rng:random.Random, # makes the sample a function of a seed
     train:bool=True # the training count of pairs, or the evaluation count
 ) -> list: # of Pair((image, instruction) -> transformed image), a group of mutual hard negatives
-    "All pairs of one transformed image."
+    "The pairs of one transformed image: as many as training, or evaluation, takes of this kind."
     if kind not in KINDS: raise ValueError(f"no transformation {kind!r}; the kinds are {', '.join(KINDS)}")
     if image.shape != (3, image.shape[-1], image.shape[-1]) or image.dtype != torch.uint8:
         raise ValueError(f"a transformation needs a square (3, s, s) image of torch.uint8, not {tuple(image.shape)} of {image.dtype}; "

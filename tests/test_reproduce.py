@@ -112,6 +112,12 @@ def test_trials_side_by_side_are_trials_one_by_one(tmp_path):
     assert list(alone) == ["sf", "mlf"]
 
 
+def test_what_takes_longest_begins_first():
+    names = [f"{model}, seed {seed}" for seed in (0, 1) for model in ("mlf", "fuselip", "sf", "ett")]
+    in_turn = sorted([*names, "64 codes"], key=lambda name: r._turn(name, {"64 codes": print}))
+    assert in_turn == ["64 codes", *(f"{model}, seed {seed}" for model in ("ett", "fuselip", "sf", "mlf") for seed in (0, 1))]
+
+
 def test_unknown_models_and_seeds_are_refused_before_anything_is_trained(tmp_path, capsys):
     assert main(["reproduce", "--models", "fuselip,clip", "--run", str(tmp_path / "run")]) == 1
     assert "unknown model 'clip'; the models are fuselip, sf, mlf" in capsys.readouterr().err
