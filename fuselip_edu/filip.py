@@ -258,7 +258,7 @@ def select_tokens(
     kept = tokens.gather(1, chosen.indices[..., None].expand(-1, -1, tokens.shape[-1]))
     return kept * (torch.arange(kept.shape[1], device=kept.device) < wanted[:, None])[..., None]
 
-
+# %% ../nbs/19_filip.ipynb #17c7f229
 class _Gather(torch.autograd.Function): # (b, …) of every rank -> (size × b, …); gradients go back to their owner
     @staticmethod
     def forward(context, x, world):
