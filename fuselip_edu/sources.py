@@ -52,6 +52,7 @@ class ShapesSource:
         tgit:int=1, # transformations a scene
         without:str="" # parts that are left out, joined by commas
     ):
+        if tgit < 0: raise ValueError(f"tgit is the number of transformations of each scene, 0 or more, not {tgit}")
         self.scenes, self.seed, self.split, self.size = scenes, seed, split, size
         parts, absent = (*("caption",) * 4, "vqa", "edit", "region", *("tgit",) * tgit), without.split(",") if without else []  # of one scene's items
         self.parts = tuple(part for part in parts if part not in absent)

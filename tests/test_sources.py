@@ -860,3 +860,7 @@ def test_one_colour_teaches_no_tokenizer():
 class _White:
     groups = [[0]]
     def __getitem__(self, index): return [sources.Pair(sources.Item(torch.full((3, 32, 32), 255, dtype=torch.uint8)), sources.Item(text="x"))]
+
+
+def test_a_negative_number_of_transformations_is_refused():
+    with pytest.raises(ValueError, match="tgit is the number of transformations.*0 or more, not -1"): ShapesSource(3, tgit=-1)
