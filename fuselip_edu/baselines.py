@@ -376,7 +376,7 @@ def pixel_pairs(
 class BaselineConfig:
     "All that decides a baseline's run; the defaults are the preset `tiny-sf`."
     data: str = "shapes"  # as for FuseLIP
-    scenes: int = 4000  # of shapes
+    scenes: int = 5000  # of shapes
     tgit: int = 8  # transformations of each scene, of shapes
     without: str = ""  # parts of a scene that are left out, of shapes
     text_vocab: int = 512  # ids of a text tokenizer trained on the data's texts; 0 takes CLIP's

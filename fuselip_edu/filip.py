@@ -297,7 +297,7 @@ def sharded_filip_loss(
 class FILIPRun:
     "All that decides a FILIP run; the defaults are the preset `tiny-filip`."
     data: str = "shapes"  # as for FuseLIP, but no token cache
-    scenes: int = 4000  # of shapes
+    scenes: int = 5000  # of shapes
     tgit: int = 8  # transformations of each scene, of shapes
     without: str = ""  # parts of a scene that are left out, of shapes
     tokenizer: str = "tiny"  # the image tokenizer, as for FuseLIP

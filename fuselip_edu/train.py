@@ -35,7 +35,7 @@ from .transformer import Muon, muon_groups
 @dataclass
 class TrainConfig:
     "How to train; the defaults are the `tiny` preset's."
-    steps: int = 2400  # optimiser steps
+    steps: int = 2000  # optimiser steps
     epochs: int = 0  # passes over the data instead of `steps`; 0 means that `steps` counts
     seconds: float = 0.0  # stop after this long if it comes first; 0 means no limit. A run cut by the clock is not reproducible
     batch_size: int = 128  # pairs a step, in all processes together; all are negatives of each other
@@ -514,7 +514,7 @@ def finish(model, log, interrupted, main_folder): # -> the log's rows; an interr
 class Config:
     "All that decides a run; the defaults are the `tiny` preset."
     data: str = "shapes"  # csv:PATH, a set of chapter 12 such as cc3m:DIR, a mixture of chapter 13 such as cc3m-mm:ROOT, or a token cache cache:DIR
-    scenes: int = 4000  # of shapes
+    scenes: int = 5000  # of shapes
     tgit: int = 8  # transformations of each scene, of shapes
     without: str = ""  # parts of a scene that are left out, of shapes: caption, vqa, edit, region, tgit, joined by commas
     tokenizer: str = "tiny"  # the image tokenizer: the one that ships, small (trained once, see `tokenizer_place`), a folder, or a hub id

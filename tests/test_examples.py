@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fuselip_edu.cli import main
-from fuselip_edu.core import read_image
+from fuselip_edu.core import load_image, read_image
 from fuselip_edu.sources import CSVSource
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok, TokenizerTrainConfig
+from fuselip_edu.transforms import KINDS, crop, grayscale, jitter, rotate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import common
@@ -25,7 +28,7 @@ import starved
 
 SETS = {"emoji4": (emoji4, None), "nlvr": (nlvr, 25), "grocery": (grocery, 200)}
 TASKS = {"emoji4": {"captions", "captions-new", "edit-skin-tone", "edit-skin-tone-new", "edit-gender", "edit-gender-new", "edit-hair", "edit-colour", "edit-size", "edit-clock", "edit-moon"},
-         "nlvr": {"statement", "region", "place"}, "grocery": {"names", "shop"}}
+         "nlvr": {"statement", "region", "place"}, "grocery": {"names", "shop", *KINDS}}
 COLOURS = {(255, 255, 0): "yellow", (0, 153, 255): "blue", (0, 0, 0): "black"}
 BACKGROUND = (211, 211, 211)
 
@@ -185,10 +188,34 @@ def test_a_photo_has_its_own_name_and_shop_picture(prepared, data):
     train, tests = prepared("grocery")
     photos = {row["image"]: row for split in ("train", "val") for row in common.read_jsonl(data / "grocery" / f"grocery_{split}.jsonl")}
     classes = {row["id"]: row for row in json.loads((data / "grocery" / "classes.json").read_text())}
-    for row in (*train.rows, *tests["names"].rows, *tests["shop"].rows):
+    for row in (*(row for row in train.rows if not row["group"]), *tests["names"].rows, *tests["shop"].rows):
         product = classes[photos[member(row["image"])]["cls"]]
         assert row["text"] == product["name"] if row["text"] else member(row["target_image"]) == product["iconic"]
-    assert all("grocery_val" in row["image"] for task in tests for row in tests[task].rows) and not any("grocery_val" in row["image"] for row in train.rows)
+    assert all("grocery_val" in row["image"] for task in ("names", "shop") for row in tests[task].rows) and not any("grocery_val" in row["image"] for row in train.rows)
+
+
+def transformed(picture, words): # by the instruction, where it says all
+    if words.startswith("crop to"): return crop(picture, *(names.index(name) for names, name in zip((("upper", "center", "lower"), ("left", "center", "right")), words.split()[2:])))
+    if words.startswith("rotate"): return rotate(picture, int(words.split()[1]) * (1 if words.endswith("counter-clockwise") else -1))
+    if words.endswith("flip"): return picture.flip({"horizontal": 2, "vertical": 1}[words.split()[0]])
+    if words == "grayscale": return grayscale(picture)
+    if words.startswith(("increase", "decrease")): return jitter(picture, *map(float, re.findall("by factor ([0-9.]+)", words)))
+
+
+def test_a_transformed_photo_is_what_the_instruction_says(prepared, data):
+    train, tests = prepared("grocery")
+    photos = {split: [f"{data / 'grocery' / f'grocery_{split}.zip'}#{row['image']}" for row in common.spread(common.read_jsonl(data / "grocery" / f"grocery_{split}.jsonl"), 200)] for split in ("train", "val")}
+    photos["val"], checked = common.spread(photos["val"], grocery.ASKED), Counter()
+    for source, split in ((train, "train"), *((tests[kind], "val") for kind in KINDS)):
+        rows = [row for row in source.rows if row["group"]]
+        for row in random.Random(0).sample(rows, 40):
+            photo = load_image(photos[split][int(row["group"].partition("-")[0])], grocery.SIZE)
+            before, after = (load_image(str(source.path.parent / row[name])) for name in ("image", "target_image"))
+            expected = transformed(before, row["instruction"])
+            assert torch.equal(photo, before) or torch.equal(photo, after)
+            assert torch.equal(after, photo if expected is None else expected), row["instruction"]
+            checked[row["instruction"].split()[0], split] += 1
+    assert {word for word, split in checked if split == "train"} == {word for word, split in checked if split == "val"} == {"crop", "rotate", "horizontal", "vertical", "grayscale", "colorize", "increase", "decrease"}
 
 
 def test_a_mirrored_box_is_the_picture_mirrored(prepared):
@@ -203,8 +230,9 @@ def test_a_mirrored_box_is_the_picture_mirrored(prepared):
 
 
 @pytest.mark.parametrize("name", ["grocery", "emoji4"])
-def test_a_small_part_is_learned(name, data, tmp_path):
+def test_a_small_part_is_learned(name, data, tmp_path, monkeypatch):
     "Names, after half a minute with the shipped tokenizer: of new photos, or of emoji that were seen."
+    monkeypatch.setattr(grocery, "DRAWS", 0)  # names and shop pictures alone
     SETS[name][0].prepare(common.data_folder(name, data), tmp_path, {"grocery": 1200, "emoji4": 210}[name])
     asked, run = tmp_path / ("tests/names.csv" if name == "grocery" else "seen.csv"), tmp_path / "run"
     if name == "emoji4":
