@@ -361,7 +361,7 @@ def test_the_committed_run_is_three_seeds_of_three_models(committed):
     assert max(counts) / counts[0] < 1.05 and min(counts) / counts[0] > 0.95
 
 
-@pytest.mark.parametrize("task, points", [("tgit", 0.05), ("position", 0.25), ("vqa", 0.15), ("region_crop", 0.10)])
+@pytest.mark.parametrize("task, points", [("tgit", 0.15), ("position", 0.25), ("vqa", 0.10), ("region_crop", 0.10)])
 def test_early_fusion_is_ahead_where_both_are_needed(task, points, committed):
     claims = [claim for claim in committed["claims"] if claim["task"] == task]
     assert len(claims) == 2 and all(claim["p"] < 0.01 and claim["difference"] > points and min(claim["seeds"]) > 0 for claim in claims)
@@ -371,6 +371,16 @@ def test_early_fusion_is_ahead_where_both_are_needed(task, points, committed):
 def test_and_keeps_up_elsewhere(task, committed):
     rows = {model: found["tasks"][task]["mean"] for model, found in committed["models"].items()}
     assert rows["fuselip"] > max(rows.values()) - 0.06
+
+
+def test_flips_jump_inside_the_committed_run(committed):
+    "From two seeds at least, by a fifth of all queries from one point of the curve to the next, to nearly nine in ten; no late-fusion model comes to half."
+    curves = {model: [[row["tgit: flip"] for row in curve] for curve in found["curves"]] for model, found in committed["models"].items()}
+    assert sum(max(after - before for before, after in zip(curve[5:], curve[6:])) > 0.19 and curve[-1] > 0.85 for curve in curves["fuselip"]) >= 2
+    assert max(max(curve) for model in ("sf", "mlf") for curve in curves[model]) < 0.5
+
+
+def test_the_committed_run_took_an_hour_at_most(committed): assert committed["minutes"] <= 60
 
 
 def test_fusion_happens_in_the_first_layer(committed):
