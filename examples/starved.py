@@ -3,8 +3,13 @@
 Models on the shapes of chapter 2, alike but for how they read a picture, with equal pairs:
   fuselip         the codes' numbers, looked up in a table; the tokenizer is frozen
   vectors         the codes' vectors, projected; the tokenizer is frozen
-  ett, ett-10     the same, and the tokenizer learns during the first 40 % of the steps; its own loss has the paper's weight, alpha = 0.25, or forty times that
-They are asked the nine tasks, and the same are trained to write captions. Of every tokenizer: the error of the pictures that it rebuilds, and the codes that it uses.
+  ett, ett-40     the same, and the tokenizer learns during the first 40 % of the steps; its own loss has the paper's weight, alpha = 0.25, or 160 times that
+  again           vectors once more, but of the tokenizer that ett-40 tuned, frozen from the first step
+and, with as many pairs once more, models that begin with the encoder of `fuselip`, as the paper begins with one that was trained:
+  on-fuselip      numbers
+  on-vectors      vectors; for a fifth of the steps the projector learns alone
+  on-ett          the same, then for two fifths the tokenizer learns, too, with alpha = 40
+They are asked the nine tasks, and models like the first four are trained to write captions. Of every tokenizer: the error of the pictures that it rebuilds, and the codes that it uses.
 """
 import argparse
 import concurrent.futures
@@ -28,8 +33,14 @@ from fuselip_edu.titok import TINY_TOKENIZER, TiTok, TokenizerTrainConfig
 from fuselip_edu.train import preset
 from fuselip_edu.vocab import pad_sequences
 
-ALPHAS = {"ett": 0.25, "ett-10": 10.0}  # {row: weight of the tokenizer's own loss}
+ALPHAS = {"ett": 0.25, "ett-40": 40.0}  # {row: weight of the tokenizer's own loss}
 PRESET = {"fuselip": "tiny", "vectors": "tiny-vectors"} | dict.fromkeys(ALPHAS, "tiny-ett")
+LATER = {  # {row: (preset, changes)}, which begins with a model of a row above
+    "on-ett": ("tiny-ett", {"encoder.start": "fuselip", "encoder.alpha": 40.0, "encoder.projector_share": 0.2}),
+    "on-fuselip": ("tiny", {"init": "fuselip"}),
+    "on-vectors": ("tiny-vectors", {"encoder.start": "fuselip", "encoder.projector_share": 0.2}),
+    "again": ("tiny-vectors", {"tokenizer": "ett-40"}),
+}
 CODES, BATCH = 16, 24
 TRAINED, ASKED = 4000, 500  # scenes with captions
 
@@ -91,18 +102,25 @@ def main(words=None):
         learned = starve(TiTok.from_pretrained(TINY_TOKENIZER), CODES, pictures(scene_at(index, 7) for index in range(6000)), TokenizerTrainConfig(steps=asked.tokenizer_steps, lr=5e-4, device="cpu"))
         learned.save_pretrained(place)
     starved, shown = TiTok.from_pretrained(place), pictures(scene_at(index, 0, "test") for index in range(ASKED))
-    ask, trials = functools.partial(shapes_tasks, asked.queries), {}
-    for kind, name in PRESET.items():
-        changes = {"train.steps": asked.steps, "tokenizer": str(place)} | ({"encoder.alpha": ALPHAS[kind]} if kind in ALPHAS else {})
-        trials[kind] = changed(preset(name, ALL_PRESETS), changes), out / "run" / kind
-    found = summarise_trials({kind: [trial] for kind, trial in run_trials(trials, ask, dict).items()}, ask())
+    ask, tasks = functools.partial(shapes_tasks, asked.queries), shapes_tasks(asked.queries)
+
+    def trained(rows): # {row: (preset, changes)} -> {row: results of its one trial}
+        trials = {kind: (changed(preset(name, ALL_PRESETS), {"train.steps": asked.steps, "tokenizer": str(place)} | changes), out / "run" / kind) for kind, (name, changes) in rows.items()}
+        return {kind: [trial] for kind, trial in run_trials(trials, ask, dict).items()}
+
+    done = trained({kind: (name, {"encoder.alpha": ALPHAS[kind]} if kind in ALPHAS else {}) for kind, name in PRESET.items()})
+    at = {"fuselip": str(out / "run" / "fuselip"), "ett-40": str(out / "tokenizer-tuned")}
+    load_model(out / "run" / "ett-40").image_tokenizer.save_pretrained(at["ett-40"])
+    done |= trained({kind: (name, {field: at.get(value, value) for field, value in changes.items()}) for kind, (name, changes) in LATER.items()})
+    groups = [summarise_trials({kind: trial for kind, trial in done.items() if kind.startswith("on-") == after}, tasks, base) for after, base in ((False, "fuselip"), (True, "on-fuselip"))]
+    found = {"models": groups[0]["models"] | groups[1]["models"], "claims": groups[0]["claims"] + groups[1]["claims"]}
     captions = {kind: out / "captions" / f"{kind}-{asked.caption_steps}.json" for kind in PRESET}
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         running = {kind: pool.submit(write_captions, kind, starved, asked.caption_steps) for kind, path in captions.items() if not path.exists()}
         for kind, future in running.items(): write_json(captions[kind], future.result())
     for kind, row in found["models"].items():
         row["tokenizer"] = tokenizer_report(load_model(out / "run" / kind).image_tokenizer, shown)
-        row["captions"] = json.loads(captions[kind].read_text(encoding="utf-8"))
+        if kind in captions: row["captions"] = json.loads(captions[kind].read_text(encoding="utf-8"))
     given = {name: value for name, value in vars(asked).items() if name != "out" and value != parser.get_default(name)}
     said = " ".join(["python examples/starved.py", *(f"--{name.replace('_', '-')} {value}" for name, value in given.items())])
     found = {"queries": asked.queries, "codes": CODES, "alphas": ALPHAS, "starved": tokenizer_report(starved, shown)} | provenance() | summary(found, said)

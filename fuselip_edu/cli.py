@@ -62,12 +62,13 @@ def demo_command(rest):
     class Demo:
         "Train the tiny model on shapes, evaluate it on held-out scenes, and write a report."
         run: str = "runs/demo"  # folder
-        seconds: float = 0.0  # train for this long only; 0 means the preset's steps
+        seconds: float = 0.0  # train for this long only, on as many scenes as that can use; 0 means the preset's steps and scenes
         seed: int = 0
         queries: int = 300  # test scenes
 
     asked, config = arguments(Demo, rest, "demo"), preset("tiny")
     config.train = replace(config.train, seconds=asked.seconds, seed=asked.seed)
+    if asked.seconds: config.scenes = min(config.scenes, max(200, int(20 * asked.seconds)))  # all of them take minutes to tokenize
     demo(config, asked.run, asked.queries)
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from fuselip_edu import FuseLIP, demo
+from fuselip_edu.cli import demo_command
 from fuselip_edu.shapes import render, scene_at
 from fuselip_edu.train import preset
 
@@ -76,3 +77,11 @@ def test_what_the_full_demo_reached(root):
     for name, row in tasks.items(): assert row["ci95"][0] > row["chance"], name
     halfway = [name for name, row in tasks.items() if row["accuracy"] > (1 + row["chance"]) / 2]
     assert len(halfway) >= 6 and "tgit" in halfway, halfway
+
+
+@pytest.mark.parametrize("words, scenes", [([], preset("tiny").scenes), (["--seconds", "1"], 200), (["--seconds", "40"], 800), (["--seconds", "3600"], preset("tiny").scenes)])
+def test_a_short_demo_draws_no_more_scenes_than_it_can_use(words, scenes, monkeypatch):
+    asked = []
+    monkeypatch.setattr(demo, "demo", lambda config, run, queries: asked.append(config.scenes))
+    demo_command(words)
+    assert asked == [scenes]

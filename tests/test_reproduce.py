@@ -459,3 +459,9 @@ def test_minutes_of_all_attempts_are_counted_and_kept_while_a_run_goes_on(tmp_pa
     assert json.loads(path.read_text()) == 3.0
     with r._counted(path) as minutes: assert minutes() == 4.0
     assert json.loads(path.read_text()) == 5.0
+
+
+@pytest.mark.parametrize("name, task, points", [("nlvr", "place", 0.15), ("grocery", "crop", 0.15), ("grocery", "rotate", 0.3), ("grocery", "flip", 0.3)])
+def test_early_fusion_is_ahead_on_real_pictures_too(name, task, points, root):
+    claims = [claim for claim in json.loads((root / "data" / "results" / f"{name}.json").read_text())["claims"] if claim["task"] == task]
+    assert {claim["rival"] for claim in claims} == {"sf", "mlf"} and all(claim["difference"] > points and claim["p"] < 0.01 for claim in claims)
