@@ -88,12 +88,14 @@ def flops_per_pair(
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     batches, config = epoch_batches(pairs.groups, config, 0)[:steps], dataclasses.replace(config, precision="fp32")  # in half precision a GPU attends by a kernel that is not counted
+    learns = [(p, p.requires_grad) for p in model.parameters()]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # which does not see a CPU's own kernel of attention
         for at, inputs in enumerate(pairs.batches(batches)):
             step = int((at + 0.5) / len(batches) * config.steps)
             if hasattr(model, "start_step"): model.start_step(step, config.steps)
             backward(model, make_batch(inputs, model, config, step), config)
     model.zero_grad()
+    for p, before in learns: p.requires_grad_(before)  # an optimiser takes what can learn
     return counter.get_total_flops() / len(batches) / config.batch_size
 
 # %% ../nbs/21_reproduce.ipynb #d12d3544

@@ -374,6 +374,9 @@ def update(
     grad_norm:float # gradients are clipped to this norm
 ) -> float: # their norm before
     "One optimiser step; `FloatingPointError` before it if gradients are infinite or no number."
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    dropped = [name for name, p in model.named_parameters() if p.grad is not None and id(p) not in held]
+    if dropped: raise RuntimeError(f"the optimiser was not given {', '.join(dropped[:3])}{' …' * (len(dropped) > 3)}, which have gradients; what is to learn must require them when the optimiser is made")
     for group in optimizer.param_groups: group["lr"] = lr * group.get("rate", 1.0)
     norm = float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_norm)))
     if not math.isfinite(norm): raise FloatingPointError(f"the gradient's norm became {norm}")  # before it reaches the weights

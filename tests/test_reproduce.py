@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from fuselip_edu import reproduce as r
-from fuselip_edu.baselines import BASELINE_PRESETS
+from fuselip_edu.baselines import BASELINE_PRESETS, load_model
 from fuselip_edu.cli import main
 from fuselip_edu.evaluate import shapes_tasks
 from fuselip_edu.pairs import Item, Query
 from fuselip_edu.shapes import render, scene_at
 from fuselip_edu.titok import TOKENIZER_PRESETS, TiTok
-from fuselip_edu.train import PRESETS
+from fuselip_edu.train import PRESETS, tokenizer_place
 
 NAMES = ("position", "tgit", "classification")
 PAPERS = ("fuselip", "sf", "mlf")
@@ -447,6 +447,15 @@ def test_operations_are_those_of_shuffled_batches(built):
         distinct = lambda batch: len({tuple(pixels.flatten().tolist()) for pixels, shown in zip(batch["pixels"], batch["has_image"]) if shown})
         return [distinct(batch) for batch in pairs.batches(batches)]
     assert min(counted(r.epoch_batches(pairs.groups, config, 0)[:2])) > 1.2 * counted(in_order)[0] and found == r.flops_per_pair(model, pairs, config)
+
+
+def test_a_trial_of_ett_tunes_the_tokenizer(tmp_path, tasks, probes):
+    "Operations are counted in all of its stages before it is trained; the last has the tokenizer frozen."
+    config = small("ett")
+    r.run_trial(config, tmp_path, {"position": tasks["position"]}, {})
+    before, after = TiTok.from_pretrained(tokenizer_place(config.tokenizer)).state_dict(), load_model(tmp_path).image_tokenizer.state_dict()
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert {"encoder", "decoder", "quantize"} <= moved
 
 
 def test_minutes_of_all_attempts_are_counted_and_kept_while_a_run_goes_on(tmp_path, monkeypatch):

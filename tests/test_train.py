@@ -368,10 +368,19 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_exactly(pairs, tm
 def test_infinite_gradients_do_not_reach_the_weights(pairs):
     model = small_model()
     optimizer, before = make_optimizer(model, settings()), weights(model).clone()
-    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    for p in model.parameters(): p.grad = torch.zeros_like(p) if p.requires_grad else None
     model.token_embedding.weight.grad[0, 0] = float("inf")
     with pytest.raises(FloatingPointError, match="the gradient's norm became inf"): update(model, optimizer, 1e-3, 1.0)
     assert torch.equal(weights(model), before)
+
+
+def test_a_gradient_that_no_optimiser_would_use_stops_the_run(pairs):
+    model = small_model()
+    model.token_embedding.requires_grad_(False)
+    optimizer = make_optimizer(model, settings())
+    model.token_embedding.requires_grad_(True)
+    backward(model, make_batch(next(iter(pairs.batches([[list(range(8))]]))), model, settings(), 0), settings())
+    with pytest.raises(RuntimeError, match="the optimiser was not given token_embedding.weight, which have gradients"): update(model, optimizer, 1e-3, 1.0)
 
 
 def test_what_a_run_is_may_not_change_and_how_it_is_done_may(tmp_path):
