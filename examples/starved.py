@@ -13,6 +13,7 @@ They are asked the nine tasks, and models like the first four are trained to wri
 """
 import argparse
 import concurrent.futures
+import copy
 import functools
 import json
 import multiprocessing
@@ -60,6 +61,7 @@ def sentences(model, text, scenes): return pad_sequences([model.vocab.sequence((
 def write_captions(kind, tokenizer, steps, seed=0): # -> how well a model of this row, with a head of its own, says what is in pictures
     torch.set_num_threads(1)
     seed_everything(seed)
+    tokenizer = copy.deepcopy(tokenizer)  # processes share the memory of tensors that are sent to them, and some of the rows tune it
     scenes, asked = [scene(index) for index in range(TRAINED)], [scene(index, "test") for index in range(ASKED)]
     seen, shown, text = pictures(scenes), pictures(asked), BPE.train([caption(one) for one in scenes], 320)
     model = FuseLIP(FuseLIPConfig(layers=1), tokenizer, text) if kind == "fuselip" else ETT(ETTConfig(layers=1, tuned=kind in ALPHAS, alpha=ALPHAS.get(kind, 0.25)), tokenizer, text)

@@ -111,10 +111,10 @@ def test_numbers_of_the_starved_tokenizer_come_from_its_results(root):
     found, chapter = json.loads((root / "data" / "results" / "starved.json").read_text()), (root / "nbs" / "20_ett.ipynb").read_text()
     assert found["command"].startswith("python examples/starved.py") and found["starved"]["used"] <= found["codes"]
     for row in found["models"].values():
-        scores, captions = [task["mean"] for name, task in row["tasks"].items() if name not in ("false_captions", "unseen")], row["captions"]
-        said = f"{captions['loss']:.3f} | {100 * captions['right']:.1f} | {captions['before']['error']:.4f} → {captions['after']['error']:.4f}"
-        line = f"| {100 * sum(scores) / 9:.1f} | {' | '.join(f'{100 * score:.1f}' for score in scores)} | {row['tokenizer']['error']:.4f} | {row['tokenizer']['used']} | {said} |"
-        assert line in chapter, "20_ett.ipynb is not of data/results/starved.json; run make notebooks"
+        scores = [task["mean"] for name, task in row["tasks"].items() if name not in ("false_captions", "unseen")]
+        lines = [f"| {100 * sum(scores) / 9:.1f} | {' | '.join(f'{100 * score:.1f}' for score in scores)} | {row['tokenizer']['error']:.4f} | {row['tokenizer']['used']} |"]
+        if said := row.get("captions"): lines.append(f"| {said['loss']:.3f} | {100 * said['right']:.1f} | {said['before']['error']:.4f} | {said['after']['error']:.4f} |")
+        for line in lines: assert line in chapter, "20_ett.ipynb is not of data/results/starved.json; run make notebooks"
 
 
 def test_numbers_of_the_ladder_come_from_its_results(root):

@@ -277,7 +277,7 @@ def test_captions_over_a_starved_tokenizer(kind, monkeypatch):
     found = starved.write_captions(kind, tokenizer, 3)
     assert found["loss"] > 0 and 0 <= found["right"] <= 1 and found["before"]["used"] <= 16
     assert (found["before"] != found["after"]) == (kind in starved.ALPHAS)  # only there the tokenizer learns
-    assert found == starved.write_captions(kind, tokenizer, 3) or kind in starved.ALPHAS
+    assert found == starved.write_captions(kind, tokenizer, 3)  # and leaves the tokenizer that it was given as it was
 
 
 def test_the_rate_rises_and_falls():
