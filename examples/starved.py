@@ -37,7 +37,7 @@ from fuselip_edu.vocab import pad_sequences
 ALPHAS = {"ett": 0.25, "ett-40": 40.0}  # {row: weight of the tokenizer's own loss}
 PRESET = {"fuselip": "tiny", "vectors": "tiny-vectors"} | dict.fromkeys(ALPHAS, "tiny-ett")
 LATER = {  # {row: (preset, changes)}, which begins with a model of a row above
-    "on-ett": ("tiny-ett", {"encoder.start": "fuselip", "encoder.alpha": 40.0, "encoder.projector_share": 0.2}),
+    "on-ett": ("tiny-ett", {"encoder.start": "fuselip", "encoder.alpha": ALPHAS["ett-40"], "encoder.projector_share": 0.2}),
     "on-fuselip": ("tiny", {"init": "fuselip"}),
     "on-vectors": ("tiny-vectors", {"encoder.start": "fuselip", "encoder.projector_share": 0.2}),
     "again": ("tiny-vectors", {"tokenizer": "ett-40"}),
@@ -98,13 +98,15 @@ def main(words=None):
     parser.add_argument("--caption-steps", type=int, default=1000, help="of every head (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=300, help="test scenes (default: %(default)s)")
     asked = parser.parse_args(words)
+    ask = functools.partial(shapes_tasks, asked.queries)
+    try: tasks = ask()
+    except ValueError as error: parser.error(str(error))
     out = Path(asked.out).resolve()
     place = out / f"tokenizer-{asked.tokenizer_steps}"
     if not (place / "config.json").exists():
         learned = starve(TiTok.from_pretrained(TINY_TOKENIZER), CODES, pictures(scene_at(index, 7) for index in range(6000)), TokenizerTrainConfig(steps=asked.tokenizer_steps, lr=5e-4, device="cpu"))
         learned.save_pretrained(place)
     starved, shown = TiTok.from_pretrained(place), pictures(scene_at(index, 0, "test") for index in range(ASKED))
-    ask, tasks = functools.partial(shapes_tasks, asked.queries), shapes_tasks(asked.queries)
 
     def trained(rows): # {row: (preset, changes)} -> {row: results of its one trial}
         trials = {kind: (changed(preset(name, ALL_PRESETS), {"train.steps": asked.steps, "tokenizer": str(place)} | changes), out / "run" / kind) for kind, (name, changes) in rows.items()}

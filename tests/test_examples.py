@@ -280,6 +280,11 @@ def test_captions_over_a_starved_tokenizer(kind, monkeypatch):
     assert found == starved.write_captions(kind, tokenizer, 3)  # and leaves the tokenizer that it was given as it was
 
 
+def test_too_few_queries_are_an_error_before_anything_is_learned(tmp_path, capsys):
+    with pytest.raises(SystemExit): starved.main(["--queries", "3", "--out", str(tmp_path / "run")])
+    assert "3 test scenes are too few" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_the_rate_rises_and_falls():
     rates = [starved.rate_at(step, 200) for step in range(200)]
     assert rates[0] < rates[20] < rates[49] == max(rates) == 2e-3 == rates[100] and rates[-1] < 1e-4

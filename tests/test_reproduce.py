@@ -449,7 +449,7 @@ def test_operations_are_those_of_shuffled_batches(built):
     assert min(counted(r.epoch_batches(pairs.groups, config, 0)[:2])) > 1.2 * counted(in_order)[0] and found == r.flops_per_pair(model, pairs, config)
 
 
-def test_a_trial_of_ett_tunes_the_tokenizer(tmp_path, tasks, probes):
+def test_a_trial_of_ett_tunes_the_tokenizer(tmp_path, tasks):
     "Operations are counted in all of its stages before it is trained; the last has the tokenizer frozen."
     config = small("ett")
     r.run_trial(config, tmp_path, {"position": tasks["position"]}, {})
