@@ -22,6 +22,7 @@ from .core import load_image, load_weights, pick_device, progress, save_weights,
 from .distributed import World
 from .evaluate import as_prompts
 from .fuselip import ItemEncoder, TokenizedItems, read_model_config, saved_text_tokenizer
+from .kernel import attend_on
 from .pairs import Item
 from .shapes import GRID, render
 from .titok import TiTok, TiTokConfig, build_from, saved_config, weights_file
@@ -145,7 +146,7 @@ class FILIPEncoder(nn.Module):
         if shown.any():
             x = self.token_embedding(ids[shown, :self.n_image]) if pixels is None else self.patches(pixels[shown] / 127.5 - 1).flatten(2).mT
             image = image.index_put((shown.nonzero()[:, 0],), self.image_tower(x))
-        packing = pack(lengths - codes)
+        packing = pack(lengths - codes, attend_on(lengths.device))
         words = ids[packing.row, packing.column + codes[packing.row]]
         said = self.text_tower(self.token_embedding(words), packing) * ((words != self.vocab.sot) & (words != self.vocab.eot))[:, None]
         text = torch.zeros(*ids.shape, self.config.features, device=ids.device).index_put((packing.row, packing.column), said)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import atomic_path, fit_weights, load_weights, pick_device, progress, read_weights, save_weights, write_json
+from .kernel import attend_on
 from .pairs import Item
 from .text import BPE, CLIPBPE, TEXT_TOKENIZERS
 from .titok import TiTok, TiTokConfig, build_from, encoder_config, fetch_folder, saved_config, weights_file
@@ -47,11 +48,10 @@ class MaskPredictionHead(nn.Module):
     def forward(self,
         hidden:torch.Tensor, # (m, width), before the final LayerNorm
         token_table:torch.Tensor # (n_vocab, width), the input's own table (tied)
-    ) -> torch.Tensor: # (m, n_vocab)
-        n = len(token_table)
-        extra = -n % 64 if hidden.is_cuda else 0  # a GPU's matrix units want even sizes; nobody sees the rows of zeros
-        table, bias = (F.pad(token_table, (0, 0, 0, extra)), F.pad(self.bias, (0, extra))) if extra else (token_table, self.bias)
-        return F.linear(self.layer_norm(F.gelu(self.dense(hidden))), table, bias)[:, :n]
+    ) -> torch.Tensor: # (m, n_vocab); on a GPU, whose matrix units want even sizes, with scores of -∞ up to a multiple of 64
+        extra = -len(token_table) % 64 if hidden.is_cuda else 0
+        table, bias = (F.pad(token_table, (0, 0, 0, extra)), F.pad(self.bias, (0, extra), value=-torch.inf)) if extra else (token_table, self.bias)
+        return F.linear(self.layer_norm(F.gelu(self.dense(hidden))), table, bias)
 
 # %% ../nbs/08_fuselip.ipynb #5fe8ad06
 def init_encoder(
@@ -84,7 +84,7 @@ class Encoded(NamedTuple):
     own_loss: torch.Tensor|None = None  # of a model that has one of its own, to be added to the others
 
     @property
-    def logits(self): return self.head(self.states)  # (m, n_vocab)
+    def logits(self): return self.head(self.states)  # (m, n_vocab), as `MaskPredictionHead` gives them
 
 # %% ../nbs/08_fuselip.ipynb #198efb8d
 class SequenceEncoder(nn.Module):
@@ -96,6 +96,7 @@ class SequenceEncoder(nn.Module):
         self.transformer = Transformer(width, config.layers, config.heads, config.mlp_ratio)
         self.ln_final, self.mask_prediction_head = nn.LayerNorm(width), MaskPredictionHead(width, vocab.size)
         self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(math.log(10.0))), nn.Parameter(torch.tensor(-10.0))
+        self.attend = None  # how packed sequences attend, as `pack` takes it; None is the fastest way that the device has
         init_encoder(self)
 
     @property
@@ -115,18 +116,21 @@ class SequenceEncoder(nn.Module):
         "Embed sequences; the result does not depend on `packed` or on what else is in the batch."
         ends, lengths = find_ends(ids, lengths, self.vocab)
         if packed and not self.vocab.original:
-            packing = pack(lengths)
+            packing = pack(lengths, self.attend or attend_on(lengths.device))
             row, column, ends = packing.row, packing.column, packing.ends
-            x = self.token_embedding(ids[row, column]) if vectors is None else vectors[row, column]
-            x = self.transformer(x + F.embedding(column, self.positional_embedding), packing=packing)
         else:
             n = int(lengths.max())
             row, column = torch.ones_like(ids[:, :n]).nonzero(as_tuple=True)
-            x, ends = self.hidden(ids[:, :n], lengths, vectors).flatten(0, 1), ends + n * torch.arange(len(ids), device=ids.device)
-        embeddings = F.normalize(self.ln_final(x.index_select(0, ends)), dim=-1)  # x: (t, width), a row a token
+            packing, ends = None, ends + n * torch.arange(len(ids), device=ids.device)
+        if labels is not None:
+            labels = labels[row, column]
+            at = (labels >= 0).nonzero()[:, 0]  # before the long work: a GPU answers only when it is done with all before
+        if packing is None: x = self.hidden(ids[:, :n], lengths, vectors).flatten(0, 1)  # (t, width), a row a token
+        else:
+            x = self.token_embedding(ids[row, column]) if vectors is None else vectors[row, column]
+            x = self.transformer(x + F.embedding(column, self.positional_embedding), packing=packing)
+        embeddings = F.normalize(self.ln_final(x.index_select(0, ends)), dim=-1)
         if labels is None: return embeddings
-        labels = labels[row, column]
-        at = (labels >= 0).nonzero()[:, 0]
         return Encoded(embeddings, x.index_select(0, at), labels[at], row[at], self.masked_logits)
 
     def masked_logits(self, states): return self.mask_prediction_head(states, self.token_embedding.weight)  # (m, width) -> (m, n_vocab)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .core import sent
 from .vocab import Vocab
 
 # %% ../nbs/10_masking.ipynb #0d7b453f
@@ -23,9 +24,8 @@ def mask_tokens(
     "Hide each token with the given probability; never `<eot>`, padding or `[MASK]` (nor, for a published checkpoint, id 0 and image code 0)."
     if not 0 <= probability <= 1: raise ValueError(f"probability must lie between 0 and 1, not {probability}; 0.1 hides a tenth")
     real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    draw = torch.rand(ids.shape, generator=generator).to(ids.device)
-    exempt = [vocab.eot, vocab.mask] + [vocab.pad, vocab.first_code] * vocab.original
-    hidden = (draw < probability) & real & ~torch.isin(ids, torch.tensor(exempt, device=ids.device))
+    hidden = (sent(torch.rand(ids.shape, generator=generator), ids.device) < probability) & real
+    for exempt in (vocab.eot, vocab.mask, *(vocab.pad, vocab.first_code) * vocab.original): hidden &= ids != exempt
     return ids.masked_fill(hidden, vocab.mask), ids.masked_fill(~hidden, -100)
 
 # %% ../nbs/10_masking.ipynb #9bf8cdc7

@@ -17,6 +17,7 @@ import torch
 from .batches import SourcePairs
 from .core import pick_device, provenance, seed_everything, write_json
 from .fuselip import FuseLIP
+from .kernel import attend_at_once
 from .pairs import Item, Pair
 from .shapes import render, scene_at, scene_pairs
 from .sources import PAIRS_AN_IMAGE
@@ -97,7 +98,8 @@ class Rung:
     packed: bool = False  # sequences end to end; otherwise padded to the longest
     fused: bool = False  # the optimiser in one kernel
     chunk: int = 0  # of the losses
-    precision: str = "fp32"  # or tf32, products in 19 bits; or bf16
+    precision: str = "fp32"  # or tf32, products in 19 bits; or bf16; or bf16-stream, between the blocks, too
+    tiles: bool = False  # attention by the kernel of this book, in half precision on a GPU
     compiled: bool = False
     parts: int = 1  # that a batch is split into, to save memory; twice as many, and so on, where it does not fit
 
@@ -120,6 +122,8 @@ def ladder(
         step("compiled", compiled=True)
         step("in as few parts as fit", parts=1)
         step("losses whole again", chunk=0)
+        step("attention in small tiles", tiles=True)
+        step("bf16 between the blocks", precision="bf16-stream")
     return rungs
 
 # %% ../nbs/22_scaling.ipynb #687e3c15
@@ -142,18 +146,20 @@ class Climber:
     def __init__(self, rung, model, sources, batches, config):
         self.rung, self.model, self.rows = rung, model, []
         self.config = dataclasses.replace(config, chunk=rung.chunk, precision=rung.precision, compiled=rung.compiled, accumulation=rung.parts)
-        self.data = sources["cached" if rung.cached else "live"].batches(batches)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=1e-6, betas=(0.9, 0.98), fused=rung.fused, foreach=False if not rung.fused else None)
+        self.coming, self.repeats = None, 3 if rung.precision.startswith("bf16") else 1  # short steps, of which a round makes more
+        self.data = sources["cached" if rung.cached else "live"].batches([batch for batch in batches for _ in range(self.repeats)] + batches[-1:])
         self.blocks = model.transformer.resblocks if not rung.compiled else torch.nn.ModuleList(torch.compile(block, dynamic=True) for block in model.transformer.resblocks)
 
     @contextlib.contextmanager
     def as_the_rung_says(self): # and afterwards as before
-        model, precision = self.model, torch.backends.cuda.matmul.allow_tf32
-        plain, blocks = model.forward, model.transformer.resblocks
-        model.forward, model.transformer.resblocks = functools.partial(plain, packed=self.rung.packed), self.blocks
-        torch.backends.cuda.matmul.allow_tf32 = self.rung.precision == "tf32"
+        model, matmul, rung = self.model, torch.backends.cuda.matmul, self.rung
+        before = model.forward, model.attend, model.transformer.stream, model.transformer.resblocks, matmul.allow_tf32
+        model.forward, model.attend = functools.partial(model.forward, packed=rung.packed), None if rung.tiles else attend_at_once
+        model.transformer.stream, model.transformer.resblocks = torch.bfloat16 if rung.precision == "bf16-stream" else None, self.blocks
+        matmul.allow_tf32 = rung.precision == "tf32"
         try: yield
-        finally: model.forward, model.transformer.resblocks, torch.backends.cuda.matmul.allow_tf32 = plain, blocks, precision
+        finally: model.forward, model.attend, model.transformer.stream, model.transformer.resblocks, matmul.allow_tf32 = before
 
     def backward(self, batch): # in more parts, if it does not fit
         while True:
@@ -164,21 +170,31 @@ class Climber:
                 self.config = dataclasses.replace(self.config, accumulation=2 * self.config.accumulation)
             torch.cuda.empty_cache()
 
-    def step(self, number):
+    def ready(self): # the next batch, and how long its data was waited for
+        started = time.perf_counter()
+        inputs = next(self.data)
+        waited = time.perf_counter() - started
+        return make_batch(inputs, self.model, self.config, len(self.rows)), waited
+
+    def step(self): # -> what was measured
         device = self.model.device
+        if self.rung.cached and self.coming is None: self.coming = self.ready()
         reset_peak(device)
         with self.as_the_rung_says():
             started = time.perf_counter()
-            inputs = next(self.data)
-            waited = time.perf_counter() - started
-            batch = make_batch(inputs, self.model, self.config, number)
+            batch, waited = self.coming if self.rung.cached else self.ready()
             self.backward(batch)
+            if self.rung.cached: self.coming = _, waited = self.ready()  # as training does it: made while a GPU is at work
             update(self.model, self.optimizer, 1e-6, 1.0)
             if device.type == "cuda": torch.cuda.synchronize(device)
             seconds = time.perf_counter() - started
         lengths = batch.inputs["lengths"]
-        self.rows.append({"seconds": seconds, "waited": waited, "pairs": len(batch), "tokens": int(lengths.sum()), "memory": peak_memory(device),
-                          "flops": model_flops(self.model, lengths.cpu(), int((batch.inputs["labels"] >= 0).sum()))})
+        return {"seconds": seconds, "waited": waited, "pairs": len(batch), "tokens": int(lengths.sum()), "memory": peak_memory(device),
+                "flops": model_flops(self.model, lengths.cpu(), int((batch.inputs["labels"] >= 0).sum()))}
+
+    def climb(self, number): # one round, of which the first is not counted
+        self.rows += [{"round": number} | self.step() for _ in range(self.repeats)]
+
 
 # %% ../nbs/22_scaling.ipynb #c7098a2f
 def benchmark_model(name, device): # a preset, or fuselip-s, fuselip-b -> a `FuseLIP` with random weights: speed does not depend on them
@@ -214,7 +230,7 @@ def benchmark(
         for number in range(steps + 1):
             for name_of, way in {"fp32": {}, "tf32": {"tf32": True}, "bf16": {"dtype": torch.bfloat16}}.items() if device.type == "cuda" else (("fp32", {}),):
                 rates[name_of] = max(rates.get(name_of, 0.0), matmul_rate(device, **way))
-            for climber in climbers: climber.step(number)
+            for climber in climbers: climber.climb(number)
         for climber in climbers: list(climber.data)  # the cache is read to its end before its folder goes
     return {"preset": name, "command": command, "batch_size": batch_size, "steps": steps, "threads": torch.get_num_threads(), "rates": rates, "tokenizing_seconds": tokenizing,
             "rungs": [summarise_rung(climber, rates) for climber in climbers]} | provenance(device)
@@ -222,9 +238,10 @@ def benchmark(
 
 def summarise_rung(climber, rates): # of its counted steps
     middle = lambda values: statistics.median(list(values))
-    rows, seconds = climber.rows[1:], middle(row["seconds"] for row in climber.rows[1:])
+    rows = [row for row in climber.rows if row["round"]]
+    seconds = middle(row["seconds"] for row in rows)
     total = lambda key: sum(row[key] for row in rows) / len(rows)
-    return {"name": climber.rung.name, "parts": climber.config.accumulation, "pairs_per_second": total("pairs") / seconds, "tokens_per_second": total("tokens") / seconds, "utilisation": total("flops") / seconds / rates[climber.rung.precision],
+    return {"name": climber.rung.name, "parts": climber.config.accumulation, "pairs_per_second": total("pairs") / seconds, "tokens_per_second": total("tokens") / seconds, "utilisation": total("flops") / seconds / rates[climber.rung.precision.split("-")[0]],
             "data_wait": sum(row["waited"] for row in rows) / sum(row["seconds"] for row in rows), "memory": max((row["memory"] for row in rows if row["memory"]), default=None), "seconds": seconds}
 
 # %% ../nbs/22_scaling.ipynb #1d8e7ca0

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from .batches import BadItems, Reader, SourcePairs, Unreadable, grouped_batches, open_data, parse_share, readable_groups, tokenize_pairs
 from .contrastive import sigmoid_loss, softmax_loss
-from .core import atomic_path, json_lines, pick_device, save_tensors, seed_everything, write_json
+from .core import atomic_path, json_lines, pick_device, save_tensors, seed_everything, sent, write_json
 from .distributed import World, average_gradients, broadcast_parameters, full, gather_objects, gather_parameters, gather_values, piece_like, shard_parameters, sharded_sigmoid_loss
 from .fuselip import FuseLIP, FuseLIPConfig
 from .masking import mask_tokens, masked_loss, masked_loss_of_states
@@ -57,7 +57,7 @@ class TrainConfig:
     mask_weight: float = 0.25  # of the masked loss in the total
     seed: int = 0  # of scenes, weights, order, crops and masks
     device: str = "auto"  # or cpu, cuda, cuda:1, mps
-    precision: str = "auto"  # of the model: fp32, tf32 (products in 19 bits, on cuda) or bf16 (losses stay in fp32); auto takes bf16 on cuda. The paper: fp16
+    precision: str = "auto"  # of the model: fp32, tf32 (products in 19 bits, on cuda), bf16 (what is between the blocks, and losses, stay in fp32) or bf16-stream (losses stay in fp32); auto takes bf16 on cuda. The paper: fp16
     compiled: bool = False  # the blocks by torch.compile, on cuda
     log_every: int = 10  # steps a line of metrics.jsonl
     checkpoint_every: int = 500  # steps
@@ -75,7 +75,7 @@ def check_settings(config): # `ValueError` if a value of a `TrainConfig` cannot 
         if getattr(config, name) < 0: raise ValueError(f"train.{name} must not be negative, and is {getattr(config, name)}")
     if not 0 <= config.mask_probability <= 1: raise ValueError(f"train.mask_probability is a share, from 0 to 1, not {config.mask_probability}")
     if config.optimizer not in ("muon", "adamw"): raise ValueError(f"train.optimizer must be 'muon' or 'adamw', not {config.optimizer!r}")
-    if config.precision not in ("auto", "fp32", "tf32", "bf16"): raise ValueError(f"train.precision must be 'auto', 'fp32', 'tf32' or 'bf16', not {config.precision!r}")
+    if config.precision not in ("auto", "fp32", "tf32", "bf16", "bf16-stream"): raise ValueError(f"train.precision must be 'auto', 'fp32', 'tf32', 'bf16' or 'bf16-stream', not {config.precision!r}")
     for name in ("shards", "accumulation"):
         if config.batch_size % getattr(config, name): raise ValueError(f"train.batch_size {config.batch_size} cannot be split into {getattr(config, name)} equal parts; choose train.{name} that divides it")
 
@@ -146,8 +146,8 @@ def make_batch(
     rank:int=0
 ) -> Batch:
     "Note twins, move to the model's device, and mask."
-    same = twins(inputs).to(model.device) if config.skip_twins else None
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    same = sent(twins(inputs), model.device) if config.skip_twins else None
+    inputs = {name: sent(value, model.device) for name, value in inputs.items()}
     if config.mask_probability:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + rank * 7_919_000_003)
         ids, labels = mask_tokens(inputs["ids"], inputs["lengths"], model.vocab, config.mask_probability, generator)
@@ -165,7 +165,7 @@ def contrastive_loss(model, embeddings, batch, config, world): # (2b, width) -> 
 
 
 def lowered(model, config): # autocast to bf16, or nothing
-    low = config.precision == "bf16" or config.precision == "auto" and model.device.type == "cuda"
+    low = config.precision.startswith("bf16") or config.precision == "auto" and model.device.type == "cuda"
     return torch.autocast(model.device.type, torch.bfloat16, enabled=low)
 
 
@@ -193,8 +193,8 @@ def total_loss(config, contrastive, masked, own=None): # `own` is None where the
     return contrastive + config.mask_weight * masked + (0.0 if own is None else own)
 
 
-def loss_values(config, **losses): # tensors or None -> floats, with their total
-    values = {name: float(loss.detach()) for name, loss in losses.items() if loss is not None}
+def loss_values(config, **losses): # tensors or None -> tensors without a graph, with their total
+    values = {name: loss.detach() for name, loss in losses.items() if loss is not None}
     return {"loss": total_loss(config, **values), **values}
 
 
@@ -203,7 +203,7 @@ def backward(
     batch:Batch,
     config:TrainConfig,
     world:World=World()
-) -> dict: # {"loss", "contrastive", "masked"}, floats
+) -> dict: # {"loss", "contrastive", "masked"}, scalar tensors; a GPU may still be at work on them
     "Add the gradient of sigmoid + weight × (masked left + masked right); with accumulation > 1 in parts, with the same result."
     if config.accumulation == 1:
         embeddings, encoded = forward(model, batch.inputs, config)
@@ -371,15 +371,17 @@ def update(
     model:FuseLIP, # with gradients
     optimizer:torch.optim.Optimizer,
     lr:float,
-    grad_norm:float # gradients are clipped to this norm
+    grad_norm:float, # gradients are clipped to this norm
+    loss:float|torch.Tensor=0.0 # that they are of
 ) -> float: # their norm before
-    "One optimiser step; `FloatingPointError` before it if gradients are infinite or no number."
+    "One optimiser step; `FloatingPointError` before it if the loss or gradients are infinite or no number."
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     dropped = [name for name, p in model.named_parameters() if p.grad is not None and id(p) not in held]
     if dropped: raise RuntimeError(f"the optimiser was not given {', '.join(dropped[:3])}{' …' * (len(dropped) > 3)}, which have gradients; what is to learn must require them when the optimiser is made")
     for group in optimizer.param_groups: group["lr"] = lr * group.get("rate", 1.0)
     norm = float(full(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_norm)))
-    if not math.isfinite(norm): raise FloatingPointError(f"the gradient's norm became {norm}")  # before it reaches the weights
+    for name, value in (("loss", float(loss)), ("gradient's norm", norm)):
+        if not math.isfinite(value): raise FloatingPointError(f"the {name} became {value}")  # before it reaches the weights
     optimizer.step()
     with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
     return norm
@@ -420,7 +422,9 @@ def prepare_device(model, config, world): # the model where it is trained, with 
     model.to(world.device if world.size > 1 else pick_device(config.device)).train()
     on_gpu = model.device.type == "cuda"
     if on_gpu: torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
-    if config.compiled and not hasattr(model, "transformer"): raise ValueError(f"train.compiled is for FuseLIP, not for {type(model).__name__}; leave it out")
+    for name, asked in (("compiled", config.compiled), ("precision bf16-stream", config.precision == "bf16-stream")):
+        if asked and not hasattr(model, "transformer"): raise ValueError(f"train.{name} is for FuseLIP, not for {type(model).__name__}; leave it out")
+    if hasattr(model, "transformer"): model.transformer.stream = torch.bfloat16 if config.precision == "bf16-stream" else None
     if config.compiled:
         for block in model.transformer.resblocks: block.compile(dynamic=True)  # alike, so that one is compiled for all
 
@@ -470,21 +474,23 @@ def train(
     if run and hasattr(pairs, "bad"): pairs.bad.write_to(Path(run) / (f"bad-{world.rank}.jsonl" if world.rank else "bad.jsonl"))
     log = RunLog(main_folder, first, config, quiet=not world.is_main)
     with deferred_interrupt() as interrupted:
-        for step, indices, inputs in log.timed(batches_from(first, pairs, config, world)):
+        batches = ((step, indices, make_batch(inputs, model, config, step, world.rank)) for step, indices, inputs in log.timed(batches_from(first, pairs, config, world)))
+        coming = next(batches, None)
+        while coming:
+            step, indices, batch = coming
             if hasattr(model, "start_step"): model.start_step(step, config.steps)  # a model whose parts learn at different times
-            batch = make_batch(inputs, model, config, step, world.rank)
             lr = scheduled(step, log.trained(), config)
             optimizer.zero_grad()
             losses = backward(model, batch, config, world)
             average_gradients(model, world)
+            coming = next(batches, None)  # made while a GPU is at work on this one
             stop = bool(interrupted) or 0 < config.seconds < log.trained()
             losses = gather_values({**losses, "stop": float(stop)}, world)  # all processes stop, or none
             stop, done = losses.pop("stop") > 0, step + 1
-            try:
-                if not math.isfinite(losses["loss"]): raise FloatingPointError(f"the loss became {losses['loss']}")
-                norm = update(model, optimizer, lr, config.grad_norm)
+            try: norm = update(model, optimizer, lr, config.grad_norm, losses["loss"])
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} at step {step}, pairs {[i for shard in indices for i in shard][:8]}…; start another --run with a lower --train.lr") from None
+            losses = {name: float(loss) for name, loss in losses.items()}
             log.step(done, {**losses, "lr": lr, **scalars(model), "grad_norm": norm}, stop)
             if done % config.log_every == 0 and hasattr(pairs, "bad"): pairs.bad.join(gather_objects(pairs.bad.reasons, world))
             if watch and done % config.log_every == 0: watch(done, model)

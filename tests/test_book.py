@@ -10,7 +10,7 @@ import pytest
 from fuselip_edu.reproduce import ABLATIONS, ablation_table, reproduction_table, rivals_table
 from fuselip_edu.scaling import ladder_table
 
-CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
+CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "kernel", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
             "sources", "batches", "token_cache", "distributed", "train", "evaluate", "baselines", "filip", "ett", "reproduce", "scaling", "demo", "paper", "data", "cli"]
 PAGES = {"map"}  # chapters without a module
 
@@ -19,7 +19,7 @@ def notebooks(root): return sorted(path for path in (root / "nbs").glob("[0-9]*.
 
 
 def test_every_chapter_has_its_module(root):
-    assert [name for path in notebooks(root) if (name := re.sub(r"^\d+_", "", path.stem)) not in PAGES] == CHAPTERS
+    assert [name for path in notebooks(root) if (name := re.sub(r"^\d+b?_", "", path.stem)) not in PAGES] == CHAPTERS
     assert {path.stem for path in (root / "fuselip_edu").glob("[a-z]*.py")} == set(CHAPTERS)
 
 

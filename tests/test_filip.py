@@ -183,7 +183,7 @@ def test_it_trains_in_the_common_loop_with_accumulation_and_chunks(loss):
     for changes in ({}, {"accumulation": 2}, {"chunk": 3}):
         model, config = make(), TrainConfig(batch_size=16, mask_probability=0.0, device="cpu", **changes)
         values = backward(model, make_batch(pairs.inputs(range(16)), model, config, 0), config)
-        found.append((values["loss"], torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        found.append((float(values["loss"]), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     for value, gradient in found[1:]:
         assert value == pytest.approx(found[0][0], rel=1e-5)
         torch.testing.assert_close(gradient, found[0][1], atol=1e-5 * float(found[0][1].abs().max()), rtol=0)

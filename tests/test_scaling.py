@@ -48,7 +48,7 @@ def test_climbing_leaves_the_model_as_it_was(model):
     source, forward = s.MixedShapes(16, 32), model.forward.__func__
     live = s.SourcePairs(source, model)
     climber = s.Climber(s.Rung("padded"), model, {"live": live}, [[list(range(8))], [list(range(8, 16))]], TrainConfig(batch_size=8, mask_probability=0.1, skip_twins=False))
-    climber.step(0)
+    climber.climb(0)
     assert model.forward.__func__ is forward and not isinstance(model.forward, functools.partial) and climber.rows[0]["pairs"] == 8
 
 

@@ -65,7 +65,7 @@ def test_accumulation_gives_the_same_gradient(pairs, loss):
     for accumulation in (1, 2, 8):
         model, config = small_model(), settings(loss=loss, accumulation=accumulation, mask_probability=0.2)
         values = backward(model, make_batch(pairs.inputs(range(16)), model, config, 3), config)
-        found.append((values["loss"], torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        found.append((float(values["loss"]), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     for value, gradient in found[1:]:
         assert value == pytest.approx(found[0][0], rel=1e-5)
         assert torch.allclose(gradient, found[0][1], atol=1e-5)
@@ -77,7 +77,7 @@ def test_packing_changes_neither_losses_nor_gradients(pairs):
         model = small_model()
         model.forward = functools.partial(model.forward, packed=packed)
         values = backward(model, make_batch(pairs.inputs(range(16)), model, config, 0), config)
-        found.append((values, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        found.append(({name: float(value) for name, value in values.items()}, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     largest = float(found[0][1].abs().max())
     torch.testing.assert_close(*(gradient for _, gradient in found), atol=1e-6 * largest, rtol=0)
@@ -89,9 +89,21 @@ def test_losses_in_chunks_are_the_losses(pairs, chunk):
     for rows in (0, chunk):
         model, config = small_model(), settings(mask_probability=0.3, chunk=rows)
         values = backward(model, make_batch(pairs.inputs(range(16)), model, config, 0), config)
-        found.append((values, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        found.append(({name: float(value) for name, value in values.items()}, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(*(gradient for _, gradient in found), atol=1e-6 * float(found[0][1].abs().max()), rtol=0)
+
+
+def test_half_precision_trains_as_full_precision_does(pairs):
+    found = {precision: [row["loss"] for row in train(small_model(), pairs, settings(precision=precision))] for precision in ("fp32", "bf16", "bf16-stream")}
+    assert found["bf16"] != found["bf16-stream"] != found["fp32"]
+    for precision in ("bf16", "bf16-stream"): torch.testing.assert_close(torch.tensor(found[precision]), torch.tensor(found["fp32"]), rtol=0.02, atol=0.02)
+    model, kinds = small_model(), set()
+    model.transformer.resblocks[1].register_forward_pre_hook(lambda block, inputs: kinds.add(inputs[0].dtype))
+    train(model, pairs, settings(precision="bf16-stream", steps=1))
+    assert kinds == {torch.bfloat16}
+    train(model, pairs, settings(steps=1))  # and goes back to fp32
+    assert kinds == {torch.bfloat16, torch.float32}
 
 
 def test_muon_is_pytorchs_for_matrices_and_adamw_for_the_rest():

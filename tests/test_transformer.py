@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fuselip_edu.transformer import MLP, Attention, Block, Muon, Transformer, init_transformer, key_mask, muon_groups, orthogonalised, pack
+from fuselip_edu import kernel
+from fuselip_edu.transformer import MLP, Attention, Block, Muon, Transformer, attend_in_runs, init_transformer, key_mask, muon_groups, orthogonalised, pack
 
 
 @pytest.fixture(autouse=True)
@@ -181,20 +182,47 @@ def test_a_packed_transformer_gives_the_padded_ones_states_and_gradients(lengths
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_kernel_for_any_lengths_gives_what_the_runs_give(monkeypatch):
-    import fuselip_edu.transformer as module
-    lengths = torch.tensor([2, 40, 17, 17, 180, 2], device="cuda")
-    encoder, found = Transformer(128, 2, 2).cuda(), []
+@pytest.mark.parametrize("lengths", [[2, 40, 17, 17, 180, 2], [1], [64, 128, 65, 256]], ids=str)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_kernels_give_what_the_runs_give(lengths, heads):
+    lengths = torch.tensor(lengths, device="cuda")
+    encoder, found = Transformer(128, 2, heads).cuda(), []
     x = torch.randn(int(lengths.sum()), 128, device="cuda")
-    for kernel in (module.varlen_attn, None):
-        monkeypatch.setattr(module, "varlen_attn", kernel)
-        packing = pack(lengths)
-        assert packing.kernel == (kernel is not None)
+    assert kernel.attend_on(x.device) is kernel.attend_in_tiles
+    for attend in (attend_in_runs, kernel.attend_at_once, kernel.attend_in_tiles):
         encoder.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16): result = encoder(x, packing=packing)
+        with torch.autocast("cuda", torch.bfloat16): result = encoder(x, packing=pack(lengths, attend))
         result.square().mean().backward()
         found.append([result.detach(), *(p.grad.clone() for p in encoder.parameters())])
-    for ours, plain in zip(*found): torch.testing.assert_close(ours, plain, atol=2e-2 * float(plain.abs().max()), rtol=0)
+    for other in found[1:]:
+        for ours, plain in zip(other, found[0]): torch.testing.assert_close(ours, plain, atol=2e-2 * float(plain.abs().max()), rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tiles_are_right_to_the_last_digits_of_their_precision():
+    lengths, heads = torch.tensor([3, 154, 130, 64, 65, 1, 200], device="cuda"), 8
+    attention, packing = Attention(512, heads).cuda(), pack(lengths)
+    qkv, gradient = torch.randn(int(lengths.sum()), 1536, device="cuda", dtype=torch.bfloat16), torch.randn(int(lengths.sum()), 512, device="cuda", dtype=torch.bfloat16)
+    exact = qkv.double().requires_grad_()
+    wanted = attend_in_runs(exact, packing, attention)
+    wanted.backward(gradient.double())
+    errors = {}
+    for attend in (kernel.attend_at_once, kernel.attend_in_tiles):
+        given = qkv.clone().requires_grad_()
+        out = attend(given, packing, attention)
+        out.backward(gradient)
+        errors[attend] = [float((found.double() - right).norm() / right.norm()) for found, right in ((out, wanted), (given.grad, exact.grad))]
+    for tiles, pytorchs in zip(errors[kernel.attend_in_tiles], errors[kernel.attend_at_once]): assert tiles < 0.01 and tiles < 1.5 * pytorchs
+
+
+def test_without_a_gpu_attention_goes_run_by_run():
+    lengths = torch.tensor([3, 7, 3])
+    attention, packing = Attention(32, 2), pack(lengths)
+    qkv = torch.randn(13, 96, dtype=torch.bfloat16)
+    assert packing.attend is kernel.attend_on(torch.device("cpu")) is attend_in_runs
+    for attend in (kernel.attend_at_once, kernel.attend_in_tiles): assert torch.equal(attend(qkv, packing, attention), attend_in_runs(qkv, packing, attention))
+    with torch.device("meta"): shapes = torch.ops.fuselip_edu.tiled_attention(torch.empty(13, 96), torch.empty(4, dtype=torch.int32), 2)
+    assert [tuple(shape.shape) for shape in shapes] == [(13, 32), (2, 13)]
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 20), (20, 4)])
