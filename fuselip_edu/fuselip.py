@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_NAMES', 'FuseLIPConfig', 'MaskPredictionHead', 'init_encoder', 'find_ends', 'attention_mask', 'Encoded',
-           'SequenceEncoder', 'make_items', 'embed_sequences', 'ItemEncoder', 'TokenizedItems', 'FuseLIP', 'model_card',
-           'model_kind', 'read_model_config', 'saved_text_tokenizer', 'original_config', 'original_name',
+           'lay_out', 'SequenceEncoder', 'make_items', 'embed_sequences', 'ItemEncoder', 'TokenizedItems', 'FuseLIP',
+           'model_card', 'model_kind', 'read_model_config', 'saved_text_tokenizer', 'original_config', 'original_name',
            'load_original_weights', 'load_original']
 
 # %% ../nbs/08_fuselip.ipynb #d2007d0e
@@ -86,6 +86,16 @@ class Encoded(NamedTuple):
     @property
     def logits(self): return self.head(self.states)  # (m, n_vocab), as `MaskPredictionHead` gives them
 
+
+def lay_out(ids, lengths, ends, packed, attend): # -> row and column of every token that is computed, where the sequences end among them, and a `Packing`, or None if padding is computed, too
+    if packed:
+        packing = pack(lengths, attend or attend_on(lengths.device))
+        return packing.row, packing.column, packing.ends, packing
+    n = int(lengths.max())
+    row, column = torch.ones_like(ids[:, :n]).nonzero(as_tuple=True)
+    return row, column, ends + n * torch.arange(len(ids), device=ids.device), None
+
+
 # %% ../nbs/08_fuselip.ipynb #198efb8d
 class SequenceEncoder(nn.Module):
     "Sequences of one vocabulary in, the state at `<eot>` as a unit vector out."
@@ -115,17 +125,11 @@ class SequenceEncoder(nn.Module):
     ): # (b, width) unit vectors; with labels, an `Encoded`
         "Embed sequences; the result does not depend on `packed` or on what else is in the batch."
         ends, lengths = find_ends(ids, lengths, self.vocab)
-        if packed and not self.vocab.original:
-            packing = pack(lengths, self.attend or attend_on(lengths.device))
-            row, column, ends = packing.row, packing.column, packing.ends
-        else:
-            n = int(lengths.max())
-            row, column = torch.ones_like(ids[:, :n]).nonzero(as_tuple=True)
-            packing, ends = None, ends + n * torch.arange(len(ids), device=ids.device)
+        row, column, ends, packing = lay_out(ids, lengths, ends, packed and not self.vocab.original, self.attend)
         if labels is not None:
             labels = labels[row, column]
             at = (labels >= 0).nonzero()[:, 0]  # before the long work: a GPU answers only when it is done with all before
-        if packing is None: x = self.hidden(ids[:, :n], lengths, vectors).flatten(0, 1)  # (t, width), a row a token
+        if packing is None: x = self.hidden(ids[:, :int(lengths.max())], lengths, vectors).flatten(0, 1)  # (t, width), a row a token
         else:
             x = self.token_embedding(ids[row, column]) if vectors is None else vectors[row, column]
             x = self.transformer(x + F.embedding(column, self.positional_embedding), packing=packing)

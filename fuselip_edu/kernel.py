@@ -6,7 +6,7 @@
 __all__ = ['HALF', 'attend_at_once', 'tiled_attention', 'attend_in_tiles', 'attend_on']
 
 # %% ../nbs/04b_kernel.ipynb #440ca282
-import types
+import math, types
 
 import torch
 from einops import rearrange
@@ -111,7 +111,7 @@ def tiled_attention(
     "Attention within each sequence, in tiles of 64 tokens."
     (t, width), qkv = (qkv.shape[0], qkv.shape[1] // 3), qkv.contiguous()
     out, note, size = qkv.new_empty(t, width), torch.empty(heads, t, device=qkv.device), width // heads
-    _forward[(len(starts) - 1, heads)](qkv, out, note, starts, t, 1.4426950408889634 * size**-0.5, heads, size, 64, 32, num_warps=4, num_stages=2)
+    _forward[(len(starts) - 1, heads)](qkv, out, note, starts, t, math.log2(math.e) * size**-0.5, heads, size, 64, 32, num_warps=4, num_stages=2)
     return out, note
 
 
@@ -119,7 +119,7 @@ def tiled_attention(
 def _tiled_attention_backward(gradient:torch.Tensor, qkv:torch.Tensor, out:torch.Tensor, note:torch.Tensor, starts:torch.Tensor, heads:int) -> torch.Tensor:
     (t, width), qkv, size = out.shape, qkv.contiguous(), out.shape[1] // heads
     dqkv = torch.empty_like(qkv)
-    _backward[(len(starts) - 1, heads)](qkv, out, note, gradient.contiguous(), dqkv, starts, t, 1.4426950408889634 * size**-0.5, size**-0.5, heads, size, 64, 64, num_warps=4, num_stages=1)
+    _backward[(len(starts) - 1, heads)](qkv, out, note, gradient.contiguous(), dqkv, starts, t, math.log2(math.e) * size**-0.5, size**-0.5, heads, size, 64, 64, num_warps=4, num_stages=1)
     return dqkv
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'STAYS_CAPTION', 'EPOCHS', 'matmul_rate', 'model_flops', 'MixedShapes', 'Rung', 'ladder', 'reset_peak',
-           'peak_memory', 'Climber', 'benchmark_model', 'benchmark', 'summarise_rung', 'ladder_table',
-           'projection_table', 'recipe_hours']
+           'peak_memory', 'climbing', 'measured', 'Climber', 'benchmark_model', 'benchmark', 'summarise_rung',
+           'ladder_table', 'projection_table', 'recipe_hours']
 
 # %% ../nbs/22_scaling.ipynb #aaf766db
 import contextlib, dataclasses, functools, os, random, statistics, tempfile, time
@@ -140,6 +140,23 @@ def peak_memory(device) -> float|None: # bytes since `reset_peak`; None where th
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
 
 
+# %% ../nbs/22_scaling.ipynb #e8c4a704
+@contextlib.contextmanager
+def climbing(model, rung, blocks): # the model as a rung has it, and afterwards as before
+    matmul = torch.backends.cuda.matmul
+    before = model.forward, model.attend, model.transformer.stream, model.transformer.resblocks, matmul.allow_tf32
+    model.forward, model.attend = functools.partial(model.forward, packed=rung.packed), None if rung.tiles else attend_at_once
+    model.transformer.stream, model.transformer.resblocks = torch.bfloat16 if rung.precision == "bf16-stream" else None, blocks
+    matmul.allow_tf32 = rung.precision == "tf32"
+    try: yield
+    finally: model.forward, model.attend, model.transformer.stream, model.transformer.resblocks, matmul.allow_tf32 = before
+
+
+def measured(model, batch): # what a step on a batch came to, beside its time
+    lengths = batch.inputs["lengths"]
+    return {"pairs": len(batch), "tokens": int(lengths.sum()), "memory": peak_memory(model.device), "flops": model_flops(model, lengths.cpu(), int((batch.inputs["labels"] >= 0).sum()))}
+
+
 # %% ../nbs/22_scaling.ipynb #8e2aa613
 class Climber:
     "One rung: its way to get a batch and to make a step."
@@ -148,18 +165,8 @@ class Climber:
         self.config = dataclasses.replace(config, chunk=rung.chunk, precision=rung.precision, compiled=rung.compiled, accumulation=rung.parts)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=1e-6, betas=(0.9, 0.98), fused=rung.fused, foreach=False if not rung.fused else None)
         self.coming, self.repeats = None, 3 if rung.precision.startswith("bf16") else 1  # short steps, of which a round makes more
-        self.data = sources["cached" if rung.cached else "live"].batches([batch for batch in batches for _ in range(self.repeats)] + batches[-1:])
+        self.data = sources["cached"].batches([batch for batch in batches for _ in range(self.repeats)] + batches[-1:]) if rung.cached else sources["live"].batches(batches)
         self.blocks = model.transformer.resblocks if not rung.compiled else torch.nn.ModuleList(torch.compile(block, dynamic=True) for block in model.transformer.resblocks)
-
-    @contextlib.contextmanager
-    def as_the_rung_says(self): # and afterwards as before
-        model, matmul, rung = self.model, torch.backends.cuda.matmul, self.rung
-        before = model.forward, model.attend, model.transformer.stream, model.transformer.resblocks, matmul.allow_tf32
-        model.forward, model.attend = functools.partial(model.forward, packed=rung.packed), None if rung.tiles else attend_at_once
-        model.transformer.stream, model.transformer.resblocks = torch.bfloat16 if rung.precision == "bf16-stream" else None, self.blocks
-        matmul.allow_tf32 = rung.precision == "tf32"
-        try: yield
-        finally: model.forward, model.attend, model.transformer.stream, model.transformer.resblocks, matmul.allow_tf32 = before
 
     def backward(self, batch): # in more parts, if it does not fit
         while True:
@@ -180,7 +187,7 @@ class Climber:
         device = self.model.device
         if self.rung.cached and self.coming is None: self.coming = self.ready()
         reset_peak(device)
-        with self.as_the_rung_says():
+        with climbing(self.model, self.rung, self.blocks):
             started = time.perf_counter()
             batch, waited = self.coming if self.rung.cached else self.ready()
             self.backward(batch)
@@ -188,9 +195,7 @@ class Climber:
             update(self.model, self.optimizer, 1e-6, 1.0)
             if device.type == "cuda": torch.cuda.synchronize(device)
             seconds = time.perf_counter() - started
-        lengths = batch.inputs["lengths"]
-        return {"seconds": seconds, "waited": waited, "pairs": len(batch), "tokens": int(lengths.sum()), "memory": peak_memory(device),
-                "flops": model_flops(self.model, lengths.cpu(), int((batch.inputs["labels"] >= 0).sum()))}
+        return measured(self.model, batch) | {"seconds": seconds, "waited": waited}
 
     def climb(self, number): # one round, of which the first is not counted
         self.rows += [{"round": number} | self.step() for _ in range(self.repeats)]

@@ -136,7 +136,7 @@ def test_parts_give_the_gradient_of_the_whole(pairs, stage):
     for accumulation in (1, 2, 4):
         model, config = in_stage(fresh(projector_share=0.1, joint_share=0.7), stage), settings(batch_size=16, accumulation=accumulation)
         losses = backward(model, make_batch(pairs.inputs(range(16)), model, config, 0), config)
-        found.append((losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        found.append(({name: float(loss) for name, loss in losses.items()}, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     for losses, gradients in found[1:]:
         assert losses == pytest.approx(found[0][0], rel=1e-4) and gradients.keys() == found[0][1].keys()
         for name, gradient in gradients.items(): torch.testing.assert_close(gradient, found[0][1][name], rtol=1e-3, atol=1e-5 * float(found[0][1][name].abs().max() + 1), msg=lambda text: f"{name}: {text}")
