@@ -17,7 +17,7 @@ import torch
 from .batches import SourcePairs
 from .core import pick_device, provenance, seed_everything, write_json
 from .fuselip import FuseLIP
-from .kernel import attend_at_once
+from .kernel import attend_at_once, attend_in_tiles, attend_on
 from .pairs import Item, Pair
 from .shapes import render, scene_at, scene_pairs
 from .sources import PAIRS_AN_IMAGE
@@ -145,7 +145,7 @@ def peak_memory(device) -> float|None: # bytes since `reset_peak`; None where th
 def climbing(model, rung, blocks): # the model as a rung has it, and afterwards as before
     matmul = torch.backends.cuda.matmul
     before = model.forward, model.attend, model.transformer.stream, model.transformer.resblocks, matmul.allow_tf32
-    model.forward, model.attend = functools.partial(model.forward, packed=rung.packed), None if rung.tiles else attend_at_once
+    model.forward, model.attend = functools.partial(model.forward, packed=rung.packed), attend_at_once if attend_on(model.device) is attend_in_tiles and not rung.tiles else None
     model.transformer.stream, model.transformer.resblocks = torch.bfloat16 if rung.precision == "bf16-stream" else None, blocks
     matmul.allow_tf32 = rung.precision == "tf32"
     try: yield
@@ -191,7 +191,9 @@ class Climber:
             started = time.perf_counter()
             batch, waited = self.coming if self.rung.cached else self.ready()
             self.backward(batch)
-            if self.rung.cached: self.coming = _, waited = self.ready()  # as training does it: made while a GPU is at work
+            if self.rung.cached:  # as training does it: the next one, while a GPU is at work
+                self.coming = self.ready()
+                waited = self.coming[1]
             update(self.model, self.optimizer, 1e-6, 1.0)
             if device.type == "cuda": torch.cuda.synchronize(device)
             seconds = time.perf_counter() - started

@@ -75,6 +75,7 @@ def check_settings(config): # `ValueError` if a value of a `TrainConfig` cannot 
         if getattr(config, name) < 0: raise ValueError(f"train.{name} must not be negative, and is {getattr(config, name)}")
     if not 0 <= config.mask_probability <= 1: raise ValueError(f"train.mask_probability is a share, from 0 to 1, not {config.mask_probability}")
     if config.optimizer not in ("muon", "adamw"): raise ValueError(f"train.optimizer must be 'muon' or 'adamw', not {config.optimizer!r}")
+    if config.compiled and config.precision in ("fp32", "tf32"): raise ValueError(f"train.compiled goes with --train.precision bf16 or bf16-stream, not {config.precision}, in which attention goes run by run and every run is compiled anew")
     if config.precision not in ("auto", "fp32", "tf32", "bf16", "bf16-stream"): raise ValueError(f"train.precision must be 'auto', 'fp32', 'tf32', 'bf16' or 'bf16-stream', not {config.precision!r}")
     for name in ("shards", "accumulation"):
         if config.batch_size % getattr(config, name): raise ValueError(f"train.batch_size {config.batch_size} cannot be split into {getattr(config, name)} equal parts; choose train.{name} that divides it")

@@ -67,7 +67,7 @@ class Packing(NamedTuple):
     row: torch.Tensor  # (t,), the sequence that a token belongs to
     column: torch.Tensor  # (t,), its place there
     ends: torch.Tensor  # (b,), where the last token of each sequence lies
-    starts: torch.Tensor  # (b + 1,), int32, where each begins, in the order in which they lie; at last t
+    starts: torch.Tensor  # (b + 1,), int32, the start of each sequence in packed order; the last entry is t
     longest: int  # tokens in the longest sequence
     runs: list  # of (count, n): `count` sequences of n tokens follow one another
     attend: Callable  # how attention goes, `attend_in_runs` or another way to the same

@@ -156,6 +156,7 @@ def test_a_checkpoint_of_another_shape_is_an_error(tmp_path):
 
 def test_compiling_on_a_cpu_is_refused(pairs):
     with pytest.raises(ValueError, match="train.compiled is for cuda, and the device is cpu"): train(small_model(), pairs, settings(compiled=True))
+    with pytest.raises(ValueError, match="train.compiled goes with --train.precision bf16 or bf16-stream, not tf32"): settings(compiled=True, precision="tf32")
 
 
 def test_old_checkpoints_go(pairs, tmp_path):

@@ -223,6 +223,12 @@ def test_without_a_gpu_attention_goes_run_by_run():
     for attend in (kernel.attend_at_once, kernel.attend_in_tiles): assert torch.equal(attend(qkv, packing, attention), attend_in_runs(qkv, packing, attention))
     with torch.device("meta"): shapes = torch.ops.fuselip_edu.tiled_attention(torch.empty(13, 96), torch.empty(4, dtype=torch.int32), 2)
     assert [tuple(shape.shape) for shape in shapes] == [(13, 32), (2, 13)]
+    with pytest.raises(ValueError, match="heads of 16 numbers were given, but tiles are for 32, 64, 128"): kernel.tiled_attention(qkv, packing.starts, 2)
+
+
+def test_tiles_without_triton_say_what_is_missing(monkeypatch):
+    monkeypatch.setattr(kernel, "triton", None)
+    with pytest.raises(RuntimeError, match="needs Triton, which comes with PyTorch for GPUs"): kernel.tiled_attention(torch.randn(5, 192), torch.tensor([0, 5], dtype=torch.int32), 2)
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 20), (20, 4)])
