@@ -146,11 +146,11 @@ class Transformer(nn.Module):
         mlp_ratio:float=4.0 # hidden size of the MLPs over width
     ):
         super().__init__()
-        self.width, self.layers, self.heads, self.stream = width, layers, heads, None  # `stream`: dtype of what goes from block to block; None takes it as it comes
+        self.width, self.layers, self.heads, self.stream = width, layers, heads, None  # `stream`: under autocast, the dtype of what goes from block to block; None takes it as it comes
         self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(layers))
 
     def forward(self, x, mask=None, packing=None): # (b, n, width), or laid end to end (t, width) -> the same
-        if self.stream is not None: x = x.to(self.stream)
+        if self.stream is not None and torch.is_autocast_enabled(x.device.type): x = x.to(self.stream)
         for block in self.resblocks: x = block(x, mask, packing)
         return x
 
