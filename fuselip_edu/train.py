@@ -8,7 +8,7 @@ __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'FREE', 'TrainConfig', '
            'forward', 'compiled_masked_loss', 'masked_losses', 'total_loss', 'loss_values', 'backward',
            'trained_parameters', 'save_checkpoint', 'checked_step', 'load_checkpoint', 'seconds_trained',
            'progress_line', 'RunLog', 'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch', 'batches_from',
-           'prepare_device', 'check_world', 'begin', 'train', 'scheduled', 'scalars', 'finish', 'Config',
+           'check_model', 'prepare_device', 'check_world', 'begin', 'train', 'scheduled', 'scalars', 'finish', 'Config',
            'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs', 'build',
            'open_run', 'differences']
 
@@ -419,12 +419,16 @@ def batches_from(first, pairs, config, world): # yields (step, indices, inputs) 
             step += 1
 
 # %% ../nbs/16_train.ipynb #e29d7929
+def check_model(model, config): # `ValueError` if the configuration asks for what this model does not have
+    for name, asked in (("compiled", config.compiled), ("precision bf16-stream", config.precision == "bf16-stream")):
+        if asked and not hasattr(model, "transformer"): raise ValueError(f"train.{name} is for FuseLIP, not for {type(model).__name__}; leave it out")
+
+
 def prepare_device(model, config, world): # the model where it is trained, with products and compilation as `config` says
     model.to(world.device if world.size > 1 else pick_device(config.device)).train()
     on_gpu = model.device.type == "cuda"
     if on_gpu: torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
-    for name, asked in (("compiled", config.compiled), ("precision bf16-stream", config.precision == "bf16-stream")):
-        if asked and not hasattr(model, "transformer"): raise ValueError(f"train.{name} is for FuseLIP, not for {type(model).__name__}; leave it out")
+    check_model(model, config)
     if hasattr(model, "transformer"): model.transformer.stream = torch.bfloat16 if config.precision == "bf16-stream" else None
     if config.compiled:
         for block in model.transformer.resblocks: block.compile(dynamic=True)  # alike, so that one is compiled for all

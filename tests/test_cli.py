@@ -170,7 +170,10 @@ def test_the_papers_suite_says_what_it_lacks(run, root, tmp_path):
 
 
 def test_baselines_train_evaluate_and_embed(csv, root, tmp_path):
-    done = command("train", "--preset", "tiny-mlf", "--data", f"csv:{csv}", "--train.steps", "2", "--train.batch-size", "4", "--text-vocab", "300", "--train.device", "cpu", "--run", tmp_path / "run", root=root)
+    words = "train", "--preset", "tiny-mlf", "--data", f"csv:{csv}", "--train.steps", "2", "--train.batch-size", "4", "--text-vocab", "300", "--train.device", "cpu", "--run", tmp_path / "run"
+    assert "train.precision bf16-stream is for FuseLIP, not for LateFusion" in failure(*words, "--train.precision", "bf16-stream", root=root)
+    assert not (tmp_path / "run").exists()  # so the same command without the mistake may take the folder
+    done = command(*words, root=root)
     assert done.returncode == 0, done.stderr
     for words in (("evaluate", "--data", f"csv:{csv}"), ("embed", "--texts", "a red card")):
         done = command(*words, "--model", tmp_path / "run", root=root)
