@@ -76,7 +76,7 @@ def train_command(rest):
     from fuselip_edu.core import write_json
     from fuselip_edu.distributed import barrier, init_distributed
     from fuselip_edu.ett import ALL_PRESETS, build_model
-    from fuselip_edu.train import check_model, check_world, open_run, preset, train
+    from fuselip_edu.train import check_world, open_run, preset, train
     name, rest = take(rest, "--preset", "tiny")
     run, rest = take(rest, "--run", "runs/train")
     resume = "--resume" in rest
@@ -88,7 +88,6 @@ def train_command(rest):
         if world.is_main: show_settings(settings)
         folder = open_run(run, settings, resume)
         model, pairs = build_model(config)
-        check_model(model, config.train)
         barrier(world)  # every process has looked at the folder before one writes there
         if world.is_main: write_json(folder / "config.json", settings)
         train(model, pairs, config.train, folder, resume, world=world)

@@ -381,17 +381,25 @@ def _told(self): # what a file says of its training, in JSON
     return {"tokenizer": dataclasses.asdict(self.tokenizer.config), "train": recipe, "pictures": [len(self.images), zlib.crc32(self.images.numpy())]}
 
 
+def _checksum(tensors): # of all their bytes, in the order of their names
+    total = 0
+    for _, value in sorted(tensors.items()): total = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), total)
+    return total
+
+
 def _save(self, path): # a safetensors file
     moments = {f"optimizer.{at}.{name}": value for at, state in self.optimizer.state_dict()["state"].items() for name, value in state.items()}
     weights = {f"tokenizer.{name}": value for name, value in self.tokenizer.state_dict().items()}
     batches = {name: torch.stack(values) for name, values in (("recent", self.recent), ("seen", self.seen)) if values}
     told = json.dumps({"asked": _told(self), "step": self.step, "rows": self.rows, "replaced": self.replaced}).encode()
-    save_tensors({**weights, **moments, **batches, "usage": self.tokenizer.quantize.usage, "generator": self.generator.get_state(), "told": torch.tensor(list(told), dtype=torch.uint8)}, path)
+    tensors = {**weights, **moments, **batches, "usage": self.tokenizer.quantize.usage, "generator": self.generator.get_state(), "told": torch.tensor(list(told), dtype=torch.uint8)}
+    save_tensors(tensors | {"checksum": torch.tensor(_checksum(tensors))}, path)
 
 
 def _load(self, path): # what `save` wrote; `ValueError` if it is of another training
     try: tensors = read_weights(path)
     except ValueError as error: raise ValueError(f"{error}, or remove it to train from the start") from None
+    if int(tensors.pop("checksum", -1)) != _checksum(tensors): raise ValueError(f"{str(path)!r} is damaged (its checksum does not match); remove it to train from the start")
     told = json.loads(bytes(tensors["told"].tolist()))
     if told["asked"] != _told(self): raise ValueError(f"{str(path)!r} holds the beginning of a training of other sizes, settings or pictures; ask for the same again, give another --run, or remove the file")
     part = lambda start: {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}

@@ -603,6 +603,7 @@ def build_cached(config): # of a token cache: nothing is read or tokenized, and 
 
 
 def open_pairs(source, model, config, keep): # `keep` makes of groups what a model is trained on, where they are read ahead
+    check_model(model, config.train)  # before anything is read
     model.to(pick_device(config.train.device))  # where its tokenizer is quickest
     bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
     pairs = keep(readable_groups(source, bad)) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)

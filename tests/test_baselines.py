@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fuselip_edu.baselines import BASELINES, FusionModule, LateFusion, LateFusionConfig, distinct_rows, image_features, pixel_pairs, rows_by_sum, score_fusion, text_features, text_states
+from fuselip_edu.baselines import BASELINES, BaselineConfig, FusionModule, LateFusion, LateFusionConfig, build_baseline, distinct_rows, image_features, pixel_pairs, rows_by_sum, score_fusion, text_features, text_states
 from fuselip_edu.contrastive import sigmoid_loss
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig, SequenceEncoder
 from fuselip_edu.pairs import Item, Pair
 from fuselip_edu.shapes import render, scene_at, scene_pairs
 from fuselip_edu.text import BPE, CLIPBPE
+from fuselip_edu.train import TrainConfig
 from fuselip_edu.vocab import Vocab
 
 TEXTS = ["a red circle above a blue square", "what colour is the circle?", "a small red square", "blue", "is there a circle?"]
@@ -311,3 +312,10 @@ def test_rows_of_one_sum_are_compared(monkeypatch):
     table[0, 0], table[1, 8], table[2, 0] = 1, 1, 1
     distinct, row = rows_by_sum(table)
     assert len(distinct) == 2 and torch.equal(distinct[row], table)
+
+
+def test_what_a_rival_cannot_do_is_refused_before_its_data_is_read(monkeypatch):
+    def read(groups, model): raise AssertionError("data was read")
+    monkeypatch.setattr("fuselip_edu.baselines.pixel_pairs", read)
+    config = BaselineConfig(scenes=20, towers=LateFusionConfig("sf", **SMALL), train=TrainConfig(mask_probability=0.0, device="cpu", precision="bf16-stream"))
+    with pytest.raises(ValueError, match="train.precision bf16-stream is for FuseLIP, not for LateFusion; leave it out"): build_baseline(config)

@@ -252,5 +252,8 @@ def test_the_beginning_of_another_training_is_refused(tmp_path):
     assert path.read_bytes() == before
     path.write_bytes(before[:-9])
     with pytest.raises(ValueError, match="unfinished.safetensors' is not a whole safetensors file .*, or remove it to train from the start"): trained(KEPT, path)
+    for place in (len(before) // 3, len(before) - 5): # a flipped bit, anywhere
+        path.write_bytes(before[:place] + bytes([before[place] ^ 4]) + before[place + 1:])
+        with pytest.raises(ValueError, match="unfinished.safetensors' is damaged .*; remove it to train from the start"): trained(KEPT, path)
     path.write_bytes(before)
     assert trained(dataclasses.replace(KEPT, device="auto"), path)[2][0] == 22  # where it is trained may change
