@@ -26,7 +26,7 @@ def softmax_loss(
     left:torch.Tensor, # (b, d), unit vectors
     right:torch.Tensor, # (b, d), unit vectors; row i belongs to row i of `left`
     scale:torch.Tensor|float, # exp(logit_scale), a scalar
-    same:torch.Tensor|None=None # (b, b), bool, False on the diagonal: combinations that are no negatives, since they hold the same item twice
+    same:torch.Tensor|None=None # (b, b), bool, False on the diagonal: True where pairs i and j share a side, so that left i and right j are no negatives
 ) -> torch.Tensor: # scalar, fp32 (fp64 for fp64 vectors)
     "Symmetric InfoNCE: each side picks its partner among all of the other side (CLIP)."
     _check_pairs(left, right)
@@ -50,7 +50,7 @@ def sigmoid_loss(
     scale:torch.Tensor|float, # exp(logit_scale), a scalar
     bias:torch.Tensor|float, # logit_bias, a scalar
     chunk:int|None=None, # rows of `left` at a time: memory grows with chunk × b instead of b²
-    same:torch.Tensor|None=None # (b, b), bool, False on the diagonal: combinations that are no negatives, since they hold the same item twice
+    same:torch.Tensor|None=None # (b, b), bool, False on the diagonal: True where pairs i and j share a side, so that left i and right j are no negatives
 ) -> torch.Tensor: # scalar, fp32 (fp64 for fp64 vectors)
     "Every combination is its own yes-or-no question (SigLIP); the sum over all, divided by b."
     _check_pairs(left, right)

@@ -28,7 +28,7 @@ def seed_everything(
 def pick_device(
     name:str="auto" # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:
-    "The named device, or with `auto` the fastest one present; `RuntimeError` if the machine lacks it."
+    "The named device, or with `auto` the fastest one present; `RuntimeError` if the machine lacks it, `ValueError` if the name is none."
     present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto": name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
     kind, _, number = name.partition(":")

@@ -123,7 +123,7 @@ class SequenceEncoder(nn.Module):
         packed:bool=True, # lay the sequences end to end, so that no padding is computed; an original checkpoint is always padded
         vectors:torch.Tensor|None=None # (b, n, width), what the ids stand for; None looks them up
     ): # (b, width) unit vectors; with labels, an `Encoded`
-        "Embed sequences; the result does not depend on `packed` or on what else is in the batch."
+        "Embed sequences; the result does not depend on `packed` or, but for an original checkpoint, on what else is in the batch."
         ends, lengths = find_ends(ids, lengths, self.vocab)
         row, column, ends, packing = lay_out(ids, lengths, ends, packed and not self.vocab.original, self.attend)
         if labels is not None:
@@ -205,7 +205,7 @@ class TokenizedItems:
     def collate(self, items) -> dict: # list of `Item` -> {"ids": (n, L) int64, "lengths": (n,)}, what `forward` takes
         return dict(zip(("ids", "lengths"), pad_sequences(self.item_tokenizer(items))))
 
-    def places(self, items) -> list: # list of `Item` -> their sequences with code 0 for every code, for models that look at the pictures themselves
+    def places(self, items) -> list: # list of `Item` -> their sequences with code 0 for every code, for models that look at the pictures themselves (chapters 19 and 20)
         codes, encode = (0,) * self.image_tokenizer.config.n_latents, self.item_tokenizer.text_tokenizer.encode
         return [self.vocab.sequence(codes if item.image is not None else (), encode(item.text) if item.text else ()) for item in items]
 

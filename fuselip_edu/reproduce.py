@@ -68,7 +68,7 @@ def trial_config(
     model:str, # a key of `MODELS`
     seed:int,
     asked:Comparison=Comparison()
-): # a `Config` or `BaselineConfig`
+): # one of `ALL_PRESETS`, changed or not
     "The preset of a model, with a seed: equal seeds give every model the same pairs in the same order."
     config = preset(MODELS[model].format(asked.preset), ALL_PRESETS)
     config.data, config.text_vocab, config.train.seed = asked.data, asked.text_vocab, seed
@@ -141,7 +141,7 @@ def fingerprint(
 
 # %% ../nbs/21_reproduce.ipynb #a4d212b2
 def run_trial(
-    config, # a `Config` or `BaselineConfig`
+    config, # one of `ALL_PRESETS`, changed or not
     folder:str|Path, # of the trial
     tasks:dict, # {name: list of `Query`}, asked at the end
     probes:dict, # {name: list of `Query`}, asked on the way

@@ -419,7 +419,7 @@ def edit(
     kind:str, # one of `EDITS`
     rng:random.Random,
     split:str|None=None # where the edited scene must belong; None: where the scene does
-): # (edited scene, instruction, inverse instruction), or None where the scene does not allow it
+): # (edited scene, instruction, inverse instruction), or None if eight draws give none: the scene does not allow it, or they leave the split
     "Change one thing, and say how to change it and how to change it back."
     if kind not in EDITS: raise ValueError(f"no edit {kind!r}; the kinds are {', '.join(EDITS)}")
     split = split or split_of(scene)

@@ -204,7 +204,7 @@ def backward(
     batch:Batch,
     config:TrainConfig,
     world:World=World()
-) -> dict: # {"loss", "contrastive", "masked"}, scalar tensors; a GPU may still be at work on them
+) -> dict: # {"loss", "contrastive", "masked"} and "own", if the model has a loss of its own: scalar tensors; a GPU may still be at work on them
     "Add the gradient of sigmoid + weight × (masked left + masked right); with accumulation > 1 in parts, with the same result."
     if config.accumulation == 1:
         embeddings, encoded = forward(model, batch.inputs, config)
@@ -472,7 +472,7 @@ def train(
     resume:bool=False, # continue from the newest checkpoint in `run`
     watch=None, # called as watch(step, model) every `log_every` steps
     world:World=World() # the processes that train together
-) -> list: # of dicts, one a logged step: step, pairs, loss, contrastive, masked, lr, scale, bias, grad_norm
+) -> list: # of dicts, one a logged step: step, pairs, loss, contrastive, masked, own (if the model has a loss of its own), lr, scale, bias, grad_norm
     "Train; with a run folder, Ctrl-C leaves a checkpoint."
     config, optimizer, first = begin(model, pairs, config, run, resume, world)
     main_folder = Path(run) if run and world.is_main else None

@@ -17,7 +17,7 @@ from .pairs import image_key
 # %% ../nbs/07_vocab.ipynb #c23dbdba
 @dataclass(frozen=True)
 class Vocab:
-    "Text ids, then `[MASK]`, then image codes; sequences are built here and nowhere else (paper)."
+    "Text ids, then `[MASK]`, then image codes; sequences are built here and nowhere else."
     n_text: int  # text ids, special ones included
     sot: int  # start of text
     eot: int  # end of text; its hidden state is the embedding
@@ -38,7 +38,7 @@ class Vocab:
     def sequence(self,
         codes=(), # image codes, each in 0 … n_codes-1
         text_ids=() # text ids without `sot` and `eot`
-    ) -> list: # at most `context` ids, the last one `eot`
+    ) -> list: # at most `context` ids, the last one `eot` (but where the end of an `original` vocabulary stands in the text itself)
         "`[image codes] <sot> text <eot>`, cut to the context with `<eot>` kept."
         ids = [self.first_code + int(code) for code in codes] + [self.sot, *text_ids, self.eot]
         if len(ids) <= self.context: return ids
