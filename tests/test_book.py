@@ -76,8 +76,7 @@ def test_numbers_of_the_comparison_come_from_its_results(root):
 
 def test_numbers_of_the_ablations_come_from_their_results(root):
     found, chapter = json.loads((root / "data" / "results" / "ablations.json").read_text()), (root / "nbs" / "21_reproduce.ipynb").read_text()
-    then = {*ABLATIONS, "1,024 codes"} - {"256 codes"}  # when the usual codebook had 256
-    assert found["command"].startswith("fuselip-edu reproduce --preset tiny --ablations") and set(found["models"]) <= then
+    assert found["command"].startswith("fuselip-edu reproduce --preset tiny --ablations") and list(found["models"]) == list(ABLATIONS)
     for line in ablation_table(found).splitlines(): assert line in chapter, "21_reproduce.ipynb is not of data/results/ablations.json; run make notebooks"
 
 

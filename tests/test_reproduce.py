@@ -313,21 +313,21 @@ def test_depth_and_width_are_exchanged_at_equal_cost(name):
 
 def test_ablations_through_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", small("fuselip"))
-    monkeypatch.setattr(r, "ABLATIONS", {name: r.ABLATIONS[name] for name in ("nothing", "no captions", "a tokenizer of its own", "9 tokens an image", "the seed")})
+    monkeypatch.setattr(r, "ABLATIONS", {name: r.ABLATIONS[name] for name in ("nothing", "no captions", "a tokenizer of its own", "9 tokens an image", "seed 1")})
     monkeypatch.setattr(r, "CODEBOOKS", {name: r.CODEBOOKS[name] for name in ("a tokenizer of its own", "9 tokens an image")})
     words = ["reproduce", "--ablations", "--queries", "20", "--steps", "3", "--tokenizer-steps", "8", "--processes", "1", "--run", str(tmp_path / "run")]
     assert main(words) == 0
     found = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert list(found["models"]) == ["nothing", "no captions", "a tokenizer of its own", "9 tokens an image", "the seed"]
-    assert {claim["rival"] for claim in found["claims"]} == {"no captions", "the seed", "9 tokens an image"}
+    assert list(found["models"]) == ["nothing", "no captions", "a tokenizer of its own", "9 tokens an image", "seed 1"]
+    assert {claim["rival"] for claim in found["claims"]} == {"no captions", "seed 1", "9 tokens an image"}
     said = capsys.readouterr().out
     assert "| nothing |" in said and "| 9 tokens an image |" in said and found["models"]["nothing"]["pairs"] == 3 * 128
     written = (tmp_path / "run" / "nothing" / "trial.json").stat().st_mtime_ns
     assert main(words) == 0 and (tmp_path / "run" / "nothing" / "trial.json").stat().st_mtime_ns == written
     assert json.loads((tmp_path / "run" / "results.json").read_text())["claims"] == found["claims"]
-    done = {name: json.loads((tmp_path / "run" / folder / "trial.json").read_text()) for name, folder in (("nothing", "nothing"), ("the seed", "the-seed"), ("9 tokens an image", "9-tokens-an-image"))}
+    done = {name: json.loads((tmp_path / "run" / folder / "trial.json").read_text()) for name, folder in (("nothing", "nothing"), ("seed 1", "seed-1"), ("9 tokens an image", "9-tokens-an-image"))}
     part = r.summarise_ablations(done, shapes_tasks(20, 0, 32))  # rows without the one that they are compared to have to wait
-    assert list(part["models"]) == ["nothing", "the seed"] and {claim["rival"] for claim in part["claims"]} == {"the seed"} and part["models"]["the seed"] == found["models"]["the seed"]
+    assert list(part["models"]) == ["nothing", "seed 1"] and {claim["rival"] for claim in part["claims"]} == {"seed 1"} and part["models"]["seed 1"] == found["models"]["seed 1"]
     assert main(["reproduce", "--ablations", "--data", "csv:x.csv", "--tests", "y"]) == 1 and "leave out --data or --ablations" in capsys.readouterr().err
 
 
@@ -474,3 +474,21 @@ def test_minutes_of_all_attempts_are_counted_and_kept_while_a_run_goes_on(tmp_pa
 def test_early_fusion_is_ahead_on_real_pictures_too(name, task, points, root):
     claims = [claim for claim in json.loads((root / "data" / "results" / f"{name}.json").read_text())["claims"] if claim["task"] == task]
     assert {claim["rival"] for claim in claims} == {"sf", "mlf"} and all(claim["difference"] > points and claim["p"] < 0.01 for claim in claims)
+
+
+def test_a_difference_counts_if_neither_pictures_nor_seeds_explain_it():
+    row = lambda vqa, tgit: {"parameters": 5, "flops_per_pair": 2e6, "tasks": {"vqa": {"mean": vqa}, "tgit": {"mean": tgit}}}
+    claim = lambda rival, task, p=0.001: {"rival": rival, "task": task, "p": p}
+    models = {"nothing": row(0.4, 0.6), "no masked loss": row(0.7, 0.4), "no captions": row(0.1, 0.7), "a tokenizer of its own": row(0.7, 0.6), "64 codes": row(0.4, 0.5), "9 tokens an image": row(0.1, 0.6),
+              "seed 1": row(0.6, 0.6), "seed 2": row(0.5, 0.61)}
+    claims = [claim("no masked loss", "vqa"), claim("no masked loss", "tgit"), claim("no captions", "vqa"), claim("no captions", "tgit", 0.02), claim("64 codes", "vqa"), claim("64 codes", "tgit"),
+              claim("9 tokens an image", "vqa"), claim("seed 1", "vqa")]
+    found = {"models": models, "claims": claims}
+    assert r.seed_spread(found, 3)["vqa"] == pytest.approx(4.303 * 0.1 * (4 / 3) ** 0.5) and r.seed_spread(found, 1)["vqa"] == pytest.approx(4.303 * 0.1 * 2 ** 0.5)
+    assert r.sure_differences(found) == {("no masked loss", "tgit"), ("64 codes", "tgit")}  # of answers to questions a seed in twenty is further off
+    models["seed 1"], models["seed 2"] = row(0.41, 0.6), row(0.42, 0.61)
+    assert r.sure_differences(found) == {("no masked loss", "tgit"), ("64 codes", "tgit"), *((name, "vqa") for name in ("no masked loss", "no captions", "64 codes", "9 tokens an image"))}
+    lines = r.ablation_table(found).splitlines()
+    assert lines[4].endswith("| **10.0** | 70.0 |") and lines[6].endswith("| **40.0** | **50.0** |") and lines[-1].endswith("| *36 to 46* | *57 to 63* |")
+    for name in ("seed 1", "seed 2"): models.pop(name)  # before two seeds are finished nobody knows
+    assert not r.sure_differences(found | {"claims": claims[:-1]}) and len(r.ablation_table(found | {"claims": claims[:-1]}).splitlines()) == 2 + len(models)
