@@ -380,7 +380,7 @@ def _told(self): # what a file says of its training, in JSON
     recipe = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "device"}
     return {"tokenizer": dataclasses.asdict(self.tokenizer.config), "train": recipe, "pictures": [len(self.images), zlib.crc32(self.images.numpy())]}
 
-
+# %% ../nbs/05_titok.ipynb #71bd6c28
 def _checksum(tensors): # of all their bytes, in the order of their names
     total = 0
     for _, value in sorted(tensors.items()): total = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), total)
