@@ -7,8 +7,8 @@ __all__ = ['MODELS', 'PROBES', 'TITLES', 'CODEBOOKS', 'ABLATIONS', 'STUDENT', 'C
            'flops_per_pair', 'Curve', 'fingerprint', 'run_trial', 'run_trials', 'paired_difference', 'summarise_trials',
            'csv_tasks', 'train_shared_tokenizer', 'told_apart', 'reproduce', 'reproduction_table', 'tasks_figure',
            'claims_table', 'curves_figure', 'kinds_figure', 'only', 'changed', 'summarise_ablations', 'ablate',
-           'seed_rows', 'seed_spread', 'sure_differences', 'ablation_table', 'modality_mask', 'BlockedFusion',
-           'image_attention', 'fusion', 'rivals_table', 'modality_space']
+           'luck_range', 'sure_differences', 'ablation_table', 'modality_mask', 'BlockedFusion', 'image_attention',
+           'fusion', 'rivals_table', 'modality_space']
 
 # %% ../nbs/21_reproduce.ipynb #8fb642e3
 import concurrent.futures, contextlib, copy, dataclasses, functools, hashlib, json, math, multiprocessing, os, random, re, statistics, sys, time
@@ -580,46 +580,46 @@ def ablate(
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182}  # {degrees of freedom: 97.5th percentile of Student's t}
 
 
-def seed_rows(results): # from `ablate` -> tasks of the rows that nothing but the seed sets apart
-    return [row["tasks"] for name, row in results["models"].items() if {*ABLATIONS[name]} <= {"train.seed"}]
-
-
-def seed_spread(
+def luck_range(
     results:dict, # from `ablate`
-    runs:int # whose mean another run is held against
-) -> dict: # {task: …}; infinite before there are two seeds
-    "How far from the mean of some runs another one falls by the luck of its seed, 95 times in 100."
-    rows = seed_rows(results)
-    if len(rows) < 2: return {task: math.inf for row in results["models"].values() for task in row["tasks"]}
-    return {task: STUDENT[len(rows) - 1] * statistics.stdev(row[task]["mean"] for row in rows) * math.sqrt(1 + 1 / runs) for task in rows[0]}
+    base:str="nothing" # row: that of all seeds, or one that was trained once
+) -> dict: # {task: (lowest, highest) accuracy}; empty before there are two seeds
+    "Where another run like `base` falls by the luck of its seed, 95 times in 100: Student's interval for one more run."
+    seeds = [row["tasks"] for name, row in results["models"].items() if {*ABLATIONS[name]} <= {"train.seed"}]
+    if len(seeds) < 2: return {}
+    runs, found = seeds if base == "nothing" else [results["models"][base]["tasks"]], {}
+    for task in seeds[0]:
+        middle = statistics.mean(run[task]["mean"] for run in runs)
+        luck = STUDENT[len(seeds) - 1] * statistics.stdev(seed[task]["mean"] for seed in seeds) * math.sqrt(1 + 1 / len(runs))
+        found[task] = max(0.0, middle - luck), min(1.0, middle + luck)
+    return found
 
 
 def sure_differences(
     results:dict # from `ablate`
 ) -> set: # of (row, task)
     "Differences to the seeds, or between tokenizers that were trained for the table, which neither pictures (paired, p < 0.01) nor seeds explain."
-    seeds, models, own = seed_rows(results), results["models"], next(iter(CODEBOOKS))
-    among, alone, found = seed_spread(results, max(1, len(seeds))), seed_spread(results, 1), set()
-    for name, task in {(claim["rival"], claim["task"]) for claim in results["claims"] if claim["p"] < 0.01}:
-        bases, spread = ([models[own]["tasks"]], alone) if name in CODEBOOKS else (seeds, among)
-        if abs(models[name]["tasks"][task]["mean"] - statistics.mean(base[task]["mean"] for base in bases)) > spread[task]: found.add((name, task))
-    return found
+    models, own = results["models"], next(iter(CODEBOOKS))
+    sure, ranges = set(), {base: luck_range(results, base) for base in ("nothing", own) if base in models}
+    for claim in results["claims"]:
+        name, task = claim["rival"], claim["task"]
+        low, high = ranges[own if name in CODEBOOKS else "nothing"].get(task, (0.0, 1.0))
+        if claim["p"] < 0.01 and not low <= models[name]["tasks"][task]["mean"] <= high: sure.add((name, task))
+    return sure
 
 # %% ../nbs/21_reproduce.ipynb #a56d5f4b
 def ablation_table(
     results:dict # from `ablate`
 ) -> str: # Markdown
     "Accuracy of every row, those of `sure_differences` bold, and where another seed would fall."
-    columns, sure, seeds, spread = _columns(results), sure_differences(results), seed_rows(results), seed_spread(results, len(seed_rows(results)) or 1)
+    columns, sure, luck = _columns(results), sure_differences(results), luck_range(results)
     lines = [f"| what is changed | parameters | MFLOPs a pair | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
     for name, row in results["models"].items():
         cells = [f"{100 * row['tasks'][task]['mean']:.1f}" for task in columns.values()]
         cells = [f"**{cell}**" if (name, task) in sure else cell for cell, task in zip(cells, columns.values())]
         lines.append(f"| {name} | {row['parameters']:,.0f} | {row['flops_per_pair'] / 1e6:.0f} | {' | '.join(cells)} |")
-    if len(seeds) > 1:
-        middle = {task: statistics.mean(row[task]["mean"] for row in seeds) for task in columns.values()}
-        cells = [f"*{100 * max(0.0, middle[task] - spread[task]):.0f} to {100 * min(1.0, middle[task] + spread[task]):.0f}*" for task in columns.values()]
-        lines.append(f"| *where another seed falls, 95 times in 100* | | | {' | '.join(cells)} |")
+    cells = [f"*{100 * luck[task][0]:.0f} to {100 * luck[task][1]:.0f}*" for task in columns.values() if luck]
+    if cells: lines.append(f"| *where another seed falls, 95 times in 100* | | | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 # %% ../nbs/21_reproduce.ipynb #4ba3d1ad

@@ -198,7 +198,7 @@ def loss_values(config, **losses): # tensors or None -> tensors without a graph,
     values = {name: loss.detach() for name, loss in losses.items() if loss is not None}
     return {"loss": total_loss(config, **values), **values}
 
-
+# %% ../nbs/16_train.ipynb #c59acfbf
 def backward(
     model,
     batch:Batch,
@@ -461,6 +461,7 @@ def begin(model, pairs, config, run, resume, world): # what comes before the fir
     optimizer = make_optimizer(model, config)
     first = load_checkpoint(checkpoints, model, optimizer) if run and resume else 0
     if gather_values({"step": first}, world)["step"] != first: raise RuntimeError(f"rank {world.rank} has step {first} as its newest checkpoint, but others have another; --run must be a folder that all processes see")
+    if run and hasattr(pairs, "bad"): pairs.bad.write_to(Path(run) / (f"bad-{world.rank}.jsonl" if world.rank else "bad.jsonl"))
     return config, optimizer, first
 
 # %% ../nbs/16_train.ipynb #c9a0df43
@@ -476,7 +477,6 @@ def train(
     "Train; with a run folder, Ctrl-C leaves a checkpoint."
     config, optimizer, first = begin(model, pairs, config, run, resume, world)
     main_folder = Path(run) if run and world.is_main else None
-    if run and hasattr(pairs, "bad"): pairs.bad.write_to(Path(run) / (f"bad-{world.rank}.jsonl" if world.rank else "bad.jsonl"))
     log = RunLog(main_folder, first, config, quiet=not world.is_main)
     with deferred_interrupt() as interrupted:
         batches = ((step, indices, make_batch(inputs, model, config, step, world.rank)) for step, indices, inputs in log.timed(batches_from(first, pairs, config, world)))
@@ -495,8 +495,7 @@ def train(
             try: norm = update(model, optimizer, lr, config.grad_norm, losses["loss"])
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} at step {step}, pairs {[i for shard in indices for i in shard][:8]}…; start another --run with a lower --train.lr") from None
-            losses = {name: float(loss) for name, loss in losses.items()}
-            log.step(done, {**losses, "lr": lr, **scalars(model), "grad_norm": norm}, stop)
+            log.step(done, {**{name: float(loss) for name, loss in losses.items()}, "lr": lr, **scalars(model), "grad_norm": norm}, stop)
             if done % config.log_every == 0 and hasattr(pairs, "bad"): pairs.bad.join(gather_objects(pairs.bad.reasons, world))
             if watch and done % config.log_every == 0: watch(done, model)
             if run and (stop or done % config.checkpoint_every == 0 or done == config.steps):

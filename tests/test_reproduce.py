@@ -484,7 +484,8 @@ def test_a_difference_counts_if_neither_pictures_nor_seeds_explain_it():
     claims = [claim("no masked loss", "vqa"), claim("no masked loss", "tgit"), claim("no captions", "vqa"), claim("no captions", "tgit", 0.02), claim("64 codes", "vqa"), claim("64 codes", "tgit"),
               claim("9 tokens an image", "vqa"), claim("seed 1", "vqa")]
     found = {"models": models, "claims": claims}
-    assert r.seed_spread(found, 3)["vqa"] == pytest.approx(4.303 * 0.1 * (4 / 3) ** 0.5) and r.seed_spread(found, 1)["vqa"] == pytest.approx(4.303 * 0.1 * 2 ** 0.5)
+    assert r.luck_range(found)["vqa"] == (pytest.approx(0.5 - 4.303 * 0.1 * (4 / 3) ** 0.5), 0.5 + 4.303 * 0.1 * (4 / 3) ** 0.5)
+    assert r.luck_range(found, "a tokenizer of its own")["vqa"] == (pytest.approx(0.7 - 4.303 * 0.1 * 2 ** 0.5), 1.0)
     assert r.sure_differences(found) == {("no masked loss", "tgit"), ("64 codes", "tgit")}  # of answers to questions a seed in twenty is further off
     models["seed 1"], models["seed 2"] = row(0.41, 0.6), row(0.42, 0.61)
     assert r.sure_differences(found) == {("no masked loss", "tgit"), ("64 codes", "tgit"), *((name, "vqa") for name in ("no masked loss", "no captions", "64 codes", "9 tokens an image"))}
