@@ -216,6 +216,7 @@ class BadItems:
     def _write(self, index, reason):
         if self.log is None or index in self.logged: return
         self.logged.add(index)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a", encoding="utf-8") as file: file.write(json.dumps({"item": index, "reason": reason}) + "\n")
 
     def passed_over(self, index, found): # a list of `Pair` -> itself; an `Unreadable` -> no pairs

@@ -36,12 +36,12 @@ def softmax_loss(
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 # %% ../nbs/09_contrastive.ipynb #022fab8c
-def _sigmoid_rows(left, right, scale, bias, same, first): # the sum over rows first … first + len(left) - 1
+def _sigmoid_rows(left, right, scale, bias, same, first): # the sum over rows first … first + len(left) - 1; `same` is of these rows
     logits = _logits(left, right, scale) + bias  # (r, b)
     y = torch.full_like(logits, -1.0)
     y.diagonal(first).fill_(1.0)
     costs = -F.logsigmoid(y * logits)
-    return costs.sum() if same is None else costs.masked_fill(same[first:first + len(left)], 0.0).sum()
+    return costs.sum() if same is None else costs.masked_fill(same, 0.0).sum()
 
 
 def sigmoid_loss(
@@ -56,6 +56,6 @@ def sigmoid_loss(
     _check_pairs(left, right)
     if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1 row, or None for all rows at once, not {chunk}")
     if chunk is None or chunk >= len(left): return _sigmoid_rows(left, right, scale, bias, same, 0) / len(left)
-    total = sum(checkpoint(_sigmoid_rows, left[i:i + chunk], right, scale, bias, same, i, use_reentrant=False)
+    total = sum(checkpoint(_sigmoid_rows, left[i:i + chunk], right, scale, bias, None if same is None else same[i:i + chunk], i, use_reentrant=False)
                 for i in range(0, len(left), chunk))
     return total / len(left)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['World', 'read_world', 'init_distributed', 'sharded_sigmoid_loss', 'broadcast_parameters', 'average_gradients',
-           'shard_parameters', 'full', 'piece_like', 'gather_parameters', 'gather_values', 'gather_objects', 'barrier']
+           'shard_parameters', 'full', 'piece_like', 'gather_parameters', 'gather_values', 'gather_rows',
+           'gather_objects', 'barrier']
 
 # %% ../nbs/15_distributed.ipynb #a2c76a79
 import contextlib, os
@@ -93,15 +94,16 @@ def _pass_on(visitors, world): # (b, d) with its gradient to the next rank; retu
 # %% ../nbs/15_distributed.ipynb #21b0f4f7
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(context, left, right, scale, bias, world, chunk):
+    def forward(context, left, right, scale, bias, world, chunk, same):
         wide, b, total = torch.promote_types(left.dtype, torch.float32), len(left), 0.0
         inputs = [x.detach().to(wide).requires_grad_() for x in (left, right, scale, bias)]
         left, visitors, scale, bias = inputs
         with torch.enable_grad(), torch.autocast(left.device.type, enabled=False):
             for hop in range(world.size):
+                block = None if same is None else same.chunk(world.size, dim=1)[(world.rank - hop) % world.size]
                 for first in range(0, b, chunk):
                     diagonal = first if hop == 0 else b  # beyond the last column: no pairs
-                    cost = _sigmoid_rows(left[first:first + chunk], visitors, scale, bias, None, diagonal) / b
+                    cost = _sigmoid_rows(left[first:first + chunk], visitors, scale, bias, None if block is None else block[first:first + chunk], diagonal) / b
                     cost.backward()
                     total = total + cost.detach()
                 visitors = _pass_on(visitors, world)
@@ -111,7 +113,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context, gradient):
-        return *(gradient * share for share in context.saved_tensors), None, None
+        return *(gradient * share for share in context.saved_tensors), None, None, None
 
 # %% ../nbs/15_distributed.ipynb #5c331075
 def sharded_sigmoid_loss(
@@ -120,16 +122,16 @@ def sharded_sigmoid_loss(
     scale:torch.Tensor|float, # exp(logit_scale), a scalar
     bias:torch.Tensor|float, # logit_bias, a scalar
     world:World,
-    chunk:int|None=None # rows of `left` at a time: memory grows with chunk × b instead of b²
+    chunk:int|None=None, # rows of `left` at a time: memory grows with chunk × b instead of b²
+    same:torch.Tensor|None=None # (b, size × b), bool, columns in the order of ranks: combinations that are no negatives, as for `sigmoid_loss`
 ) -> torch.Tensor: # scalar, fp32 (fp64 for fp64 vectors): this rank's share; its mean over ranks is the loss of all pairs together
     """This rank's left sides against the right sides of all ranks; every rank has to call it, and to scale the result alike before `backward`.
-    `backward` gives `right` the gradient of the sum of all ranks' losses, which `average_gradients` makes a mean.
-    There is no `same`: leaving out twins works in one process only, since those on different ranks are not noticed."""
-    if world.size == 1: return sigmoid_loss(left, right, scale, bias, chunk)
+    `backward` gives `right` the gradient of the sum of all ranks' losses, which `average_gradients` makes a mean."""
+    if world.size == 1: return sigmoid_loss(left, right, scale, bias, chunk, same)
     _check_pairs(left, right)
     if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1 row, or None for all rows at once, not {chunk}")
     scale, bias = (torch.as_tensor(x, device=left.device) for x in (scale, bias))
-    return _Ring.apply(left, right, scale, bias, world, chunk or len(left))
+    return _Ring.apply(left, right, scale, bias, world, chunk or len(left), same)
 
 # %% ../nbs/15_distributed.ipynb #b61edc69
 @torch.no_grad()
@@ -198,6 +200,17 @@ def gather_values(
     return dict(zip(values, (numbers / world.size).tolist()))
 
 # %% ../nbs/15_distributed.ipynb #2ac9829d
+def gather_rows(
+    rows:torch.Tensor, # (n, …), the same shape on every rank
+    world:World
+) -> torch.Tensor: # (size, n, …), in the order of ranks
+    "What all ranks have, without gradients; on a GPU nobody waits for it."
+    if world.size == 1: return rows[None]
+    found = rows.new_empty(world.size, *rows.shape)
+    dist.all_gather(list(found), rows.contiguous())
+    return found
+
+
 def gather_objects(
     value, # anything that can be pickled
     world:World

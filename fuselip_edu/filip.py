@@ -155,7 +155,7 @@ class FILIPEncoder(nn.Module):
     def pair_loss(self, left, right, same, config, world): # what training asks for, in place of a loss of vectors
         scale, (left, right) = self.logit_scale.exp(), [side[:, (side != 0).any(-1).any(0)] for side in (left, right)]  # places that nobody uses
         bias = self.logit_bias if self.config.loss == "sigmoid" else None
-        if world.size > 1: return sharded_filip_loss(left, right, scale, world, self.config.fraction, config.chunk, bias)
+        if world.size > 1: return sharded_filip_loss(left, right, scale, world, self.config.fraction, config.chunk, bias, same)
         return filip_loss(left, right, scale, same, config.chunk, bias)
 
 # %% ../nbs/19_filip.ipynb #4c7f0c34
@@ -280,17 +280,18 @@ def sharded_filip_loss(
     scale, # scalar, t in the formula
     world:World,
     fraction:float=1.0, # of the tokens of each item that are sent
-    chunk:int=0, bias=None # as for `filip_loss`
+    chunk:int=0, bias=None, # as for `filip_loss`
+    same:torch.Tensor|None=None # (b, size × b), bool: combinations that are no negatives
 ) -> torch.Tensor: # scalar
     "This rank's share; its mean over ranks is the loss of all pairs together. Below 1, `fraction` of the tokens are sent, in half precision."
-    if world.size == 1: return filip_loss(left, right, scale, None, chunk, bias)
+    if world.size == 1: return filip_loss(left, right, scale, same, chunk, bias)
     target, total = world.rank * len(left) + torch.arange(len(left), device=left.device), 0.0
     for one, other in ((left, right), (right, left)):
         sent = other if fraction >= 1 else select_tokens(other, one, fraction).half()
         length = torch.tensor(sent.shape[1], device=sent.device)
         dist.all_reduce(length, dist.ReduceOp.MAX)
         everybody = _Gather.apply(F.pad(sent, (0, 0, 0, int(length) - sent.shape[1])), world).to(one.dtype)
-        total = total + _choosing(token_similarity(one, everybody, chunk)[0], target, scale, bias) / 2
+        total = total + _choosing(token_similarity(one, everybody, chunk)[0], target, scale, bias, same) / 2
     return total
 
 # %% ../nbs/19_filip.ipynb #4614923e

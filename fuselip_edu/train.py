@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'FREE', 'TrainConfig', 'check_settings', 'learning_rate',
-           'parameter_groups', 'make_optimizer', 'Batch', 'twins', 'make_batch', 'contrastive_loss', 'lowered',
-           'forward', 'compiled_masked_loss', 'masked_losses', 'total_loss', 'loss_values', 'backward',
-           'trained_parameters', 'save_checkpoint', 'checked_step', 'load_checkpoint', 'seconds_trained',
-           'progress_line', 'RunLog', 'deferred_interrupt', 'update', 'epoch_batches', 'steps_an_epoch', 'batches_from',
-           'check_model', 'prepare_device', 'check_world', 'begin', 'train', 'scheduled', 'scalars', 'finish', 'Config',
+           'parameter_groups', 'make_optimizer', 'Batch', 'item_keys', 'twins', 'mask_draws', 'make_batch',
+           'contrastive_loss', 'lowered', 'forward', 'compiled_masked_loss', 'hidden_counts', 'masked_losses',
+           'total_loss', 'loss_values', 'backward', 'trained_parameters', 'save_checkpoint', 'checked_step',
+           'load_checkpoint', 'seconds_trained', 'progress_line', 'RunLog', 'deferred_interrupt', 'update', 'share_of',
+           'epoch_batches', 'steps_an_epoch', 'own_rows', 'batches_from', 'check_model', 'prepare_device',
+           'check_world', 'begin', 'train', 'suspects', 'not_finite', 'scheduled', 'scalars', 'finish', 'Config',
            'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs', 'build',
            'open_run', 'differences']
 
@@ -23,13 +24,14 @@ import torch.nn.functional as F
 from .batches import BadItems, Reader, SourcePairs, Unreadable, grouped_batches, open_data, parse_share, readable_groups, tokenize_pairs
 from .contrastive import sigmoid_loss, softmax_loss
 from .core import atomic_path, json_lines, pick_device, save_tensors, seed_everything, sent, write_json
-from .distributed import World, average_gradients, broadcast_parameters, full, gather_objects, gather_parameters, gather_values, piece_like, shard_parameters, sharded_sigmoid_loss
+from .distributed import World, average_gradients, broadcast_parameters, full, gather_objects, gather_parameters, gather_rows, gather_values, piece_like, shard_parameters, sharded_sigmoid_loss
 from .fuselip import FuseLIP, FuseLIPConfig
 from .masking import mask_tokens, masked_loss, masked_loss_of_states
 from .text import BPE, CLIPBPE
 from .titok import PUBLISHED, TINY_TOKENIZER, TiTok
 from .token_cache import CachedPairs, saved_text
 from .transformer import Muon, muon_groups
+from .vocab import kind_of
 
 # %% ../nbs/16_train.ipynb #d3e68720
 @dataclass
@@ -39,7 +41,7 @@ class TrainConfig:
     epochs: int = 0  # passes over the data instead of `steps`; 0 means that `steps` counts
     seconds: float = 0.0  # stop after this long if it comes first; 0 means no limit. A run cut by the clock is not reproducible
     batch_size: int = 128  # pairs a step, in all processes together; all are negatives of each other
-    shards: int = 1  # parts of a batch, each dealt its own groups; processes share them out. The paper: 8, one a GPU
+    shards: int = 1  # parts that a batch is dealt in, each of its own groups. The paper: 8, one a GPU; here any number of processes may share them out
     sharded: bool = False  # processes keep pieces of the model instead of copies (FSDP2), for encoders that do not fit
     accumulation: int = 1  # parts that a process splits its share of a batch into, to save memory; every pair still meets every other
     lr: float = 2e-3  # peak learning rate; the paper: 1e-3
@@ -69,6 +71,7 @@ class TrainConfig:
 def check_settings(config): # `ValueError` if a value of a `TrainConfig` cannot be meant
     for name in ("steps", "batch_size", "shards", "accumulation", "log_every", "checkpoint_every", "keep"):
         if getattr(config, name) < 1: raise ValueError(f"train.{name} must be at least 1, not {getattr(config, name)}")
+    if config.grad_norm <= 0: raise ValueError(f"train.grad_norm must be above 0, not {config.grad_norm}; a large one such as 1e9 clips nothing")
     if config.loss not in ("sigmoid", "softmax"): raise ValueError(f"train.loss must be 'sigmoid' or 'softmax', not {config.loss!r}")
     if config.sharded and config.optimizer != "adamw": raise ValueError("train.sharded goes with --train.optimizer adamw, since Muon needs whole matrices")
     for name in ("epochs", "seconds", "lr", "warmup_steps", "weight_decay", "mask_weight", "chunk"):
@@ -119,7 +122,7 @@ def make_optimizer(
 class Batch:
     "Both sides of a batch as one stack: rows 0 … b-1 are left, b … 2b-1 right."
     inputs: dict  # of tensors with 2b rows, what the model's `forward` takes; "labels" holds the hidden ids, else -100
-    same: torch.Tensor|None = None  # (b, b), combinations of pairs that share a side
+    same: torch.Tensor|None = None  # (b, pairs of all processes), combinations that share a side
 
     def __len__(self): return len(next(iter(self.inputs.values()))) // 2
 
@@ -128,30 +131,46 @@ class Batch:
         rows = torch.cat([rows, rows + len(self)])
         return Batch({name: value[rows.to(value.device)] for name, value in self.inputs.items()})
 
+# %% ../nbs/16_train.ipynb #7a850d40
+def item_keys(inputs): # of tensors with n rows -> (n,), int64: equal for equal items, in every process and however far they are padded
+    arrays = {name: value.contiguous().numpy() for name, value in inputs.items()}
+    if "ids" in arrays: arrays["ids"] = [row[:length] for row, length in zip(arrays["ids"], arrays["lengths"])]
+    keys = [hashlib.blake2b(b"".join(part.tobytes() for part in row), digest_size=8).digest() for row in zip(*arrays.values())]
+    return torch.tensor([int.from_bytes(key, "little", signed=True) for key in keys])
+
 
 def twins(
-    inputs:dict # of tensors with 2b rows, before masking
-) -> torch.Tensor: # (b, b), bool, False on the diagonal
-    "Which pairs share their left or their right side, so that a positive of one is a positive of the other."
-    arrays = [value.contiguous().numpy() for value in inputs.values()]
-    rows = [hash(b"".join(row.tobytes() for row in rows)) for rows in zip(*arrays)]
-    left, right = torch.tensor(rows).chunk(2)
-    return ((left[:, None] == left) | (right[:, None] == right)).fill_diagonal_(False)
+    inputs:dict, # of tensors with 2b rows, before masking
+    device:torch.device=torch.device("cpu"),
+    world:World=World()
+) -> torch.Tensor: # (b, size × b), bool, on the device: this process's pairs and those of all
+    "Which pairs share their left or their right side, so that a positive of one is a positive of the other; no pair is its own twin."
+    keys = sent(item_keys(inputs), device)
+    left, right = gather_rows(keys, world).unflatten(1, (2, -1)).transpose(0, 1).flatten(1)  # of all
+    same = (keys.chunk(2)[0][:, None] == left) | (keys.chunk(2)[1][:, None] == right)
+    same.diagonal(world.rank * len(same)).fill_(False)
+    return same
+
+# %% ../nbs/16_train.ipynb #5b2ff5e5
+def mask_draws(ids, seed, step, world): # (2b, n) -> a number from 0 to 1 for each place
+    b, generator = len(ids) // 2, torch.Generator().manual_seed(seed * 1_000_003 + step)
+    everyone = torch.rand(ids.shape[1], 2, world.size, b, generator=generator)  # place by place, so that a process whose sequences are shorter draws the same
+    return everyone[:, :, world.rank].flatten(1).T.contiguous()
 
 
 def make_batch(
     inputs:dict, # from the data's `batches`
     model,
     config:TrainConfig,
-    step:int, # decides, with the seed and the rank, what is masked
-    rank:int=0
+    step:int, # decides, with the seed, what is masked
+    world:World=World()
 ) -> Batch:
     "Note twins, move to the model's device, and mask."
-    same = sent(twins(inputs), model.device) if config.skip_twins else None
+    same = twins(inputs, model.device, world) if config.skip_twins else None
     inputs = {name: sent(value, model.device) for name, value in inputs.items()}
     if config.mask_probability:
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + rank * 7_919_000_003)
-        ids, labels = mask_tokens(inputs["ids"], inputs["lengths"], model.vocab, config.mask_probability, generator)
+        draws = mask_draws(inputs["ids"], config.seed, step, world)
+        ids, labels = mask_tokens(inputs["ids"], inputs["lengths"], model.vocab, config.mask_probability, draws=draws)
         inputs |= {"ids": ids, "labels": labels}
     return Batch(inputs, same)
 
@@ -160,7 +179,7 @@ def contrastive_loss(model, embeddings, batch, config, world): # (2b, width) -> 
     left, right = embeddings.chunk(2)
     if hasattr(model, "pair_loss"): return model.pair_loss(left, right, batch.same, config, world)  # a model with a loss of its own
     scale = model.logit_scale.exp()
-    if world.size > 1: return sharded_sigmoid_loss(left, right, scale, model.logit_bias, world, config.chunk or None)
+    if world.size > 1: return sharded_sigmoid_loss(left, right, scale, model.logit_bias, world, config.chunk or None, batch.same)
     return (sigmoid_loss(left, right, scale, model.logit_bias, config.chunk or None, batch.same) if config.loss == "sigmoid"
             else softmax_loss(left, right, scale, batch.same))
 
@@ -179,14 +198,20 @@ def forward(model, inputs, config): # -> (2b, width) unit vectors in fp32, and a
 def compiled_masked_loss(): return torch.compile(masked_loss, dynamic=True)
 
 
-def masked_losses(model, encoded, b, config, counts=None): # b: pairs of this part; counts: hidden tokens of each side in the whole batch, None if this is all of it
+def hidden_counts(batch, config, world): # (2,): the hidden tokens of each side, in a process on average; None if the batch is not in parts
+    if "labels" not in batch.inputs or config.accumulation == world.size == 1: return None
+    counts = (batch.inputs["labels"] >= 0).unflatten(0, (2, -1)).sum((1, 2))
+    return gather_rows(counts, world).sum(0).clamp(min=1) / world.size
+
+
+def masked_losses(model, encoded, b, config, counts=None): # b: pairs of this part; counts: of `hidden_counts`
     "Mean cross-entropy of the left side plus that of the right side, or this part's share of it."
     total = torch.zeros(())
     if encoded is None: return total
     for side in (0, 1):
         here = encoded.rows // b == side
         with lowered(model, config): loss = masked_loss_of_states(encoded.states[here], encoded.targets[here], encoded.head, config.chunk, compiled_masked_loss() if config.compiled else masked_loss)
-        total = total.to(loss.device) + (loss if counts is None else loss * here.sum() / max(counts[side], 1))
+        total = total.to(loss.device) + (loss if counts is None else loss * here.sum() / counts[side])
     return total
 
 # %% ../nbs/16_train.ipynb #7e57ea23
@@ -206,9 +231,10 @@ def backward(
     world:World=World()
 ) -> dict: # {"loss", "contrastive", "masked"} and "own", if the model has a loss of its own: scalar tensors; a GPU may still be at work on them
     "Add the gradient of sigmoid + weight × (masked left + masked right); with accumulation > 1 in parts, with the same result."
+    counts = hidden_counts(batch, config, world)
     if config.accumulation == 1:
         embeddings, encoded = forward(model, batch.inputs, config)
-        contrastive, masked = contrastive_loss(model, embeddings, batch, config, world), masked_losses(model, encoded, len(batch), config)
+        contrastive, masked = contrastive_loss(model, embeddings, batch, config, world), masked_losses(model, encoded, len(batch), config, counts)
         own = getattr(encoded, "own_loss", None)
         total_loss(config, contrastive, masked, own).backward()
         return loss_values(config, contrastive=contrastive, masked=masked, own=own)
@@ -221,7 +247,6 @@ def backward(
     contrastive.backward()  # the gradient that each embedding gets
     sizes, masked, own = [len(part) for part in parts], 0.0, None
     gradients = [torch.cat(pieces) for pieces in zip(*(side.split(sizes) for side in leaf.grad.chunk(2)))]
-    counts = [int((side >= 0).sum()) for side in batch.inputs["labels"].chunk(2)] if "labels" in batch.inputs else None
     while parts:  # and hand it on, from the last part to the first
         part, gradient, (embedded, encoded) = parts.pop(), gradients.pop(), ready.pop()
         if not embedded.requires_grad: embedded, encoded = forward(model, part.inputs, config)
@@ -388,17 +413,23 @@ def update(
     return norm
 
 # %% ../nbs/16_train.ipynb #67cafc2a
+def share_of(config, world): # -> the shards that this process reads, and which of their pairs are its own
+    size, own = config.batch_size // config.shards, config.batch_size // world.size
+    first, last = world.rank * own, (world.rank + 1) * own
+    shards = range(first // size, -(-last // size))
+    return shards, slice(first - shards[0] * size, last - shards[0] * size)
+
+
 def epoch_batches(
     groups, # of the data
     config:TrainConfig,
     epoch:int,
     world:World=World()
-) -> list: # this process's part of every batch: a list of shards, each a list of indices
+) -> list: # of every batch the shards that this process reads, each a list of indices
     "The batches of an epoch."
-    share, size = config.shards // world.size, config.batch_size // config.shards
+    size, (shards, _) = config.batch_size // config.shards, share_of(config, world)
     if not config.grouped: groups = [[index] for group in groups for index in group]
-    mine = range(world.rank * share, (world.rank + 1) * share)
-    return list(zip(*[grouped_batches(groups, size, config.seed, epoch, shard, config.shards) for shard in mine]))
+    return list(zip(*[grouped_batches(groups, size, config.seed, epoch, shard, config.shards) for shard in shards]))
 
 # %% ../nbs/16_train.ipynb #1560fb25
 def steps_an_epoch(pairs, config:TrainConfig) -> int:
@@ -408,14 +439,19 @@ def steps_an_epoch(pairs, config:TrainConfig) -> int:
     return steps
 
 
-def batches_from(first, pairs, config, world): # yields (step, indices, inputs) from step `first` to the last
-    step, per_epoch = first, steps_an_epoch(pairs, config)
+def own_rows(inputs, own): # of both sides
+    sides = {name: value.unflatten(0, (2, -1)) for name, value in inputs.items()}
+    return {name: value[:, own].flatten(0, 1) for name, value in sides.items()}
+
+
+def batches_from(first, pairs, config, world): # yields (step, indices, inputs) from step `first` to the last, of this process's pairs
+    step, per_epoch, own = first, steps_an_epoch(pairs, config), share_of(config, world)[1]
     while step < config.steps:
         pairs.epoch = step // per_epoch
         batches = epoch_batches(pairs.groups, config, pairs.epoch, world)[step % per_epoch:per_epoch][:config.steps - step]
         if not batches: raise RuntimeError(f"epoch {pairs.epoch} has fewer batches than the {per_epoch} that the number of pairs promises; the data has changed")
-        for indices, inputs in zip(batches, pairs.batches(batches)):
-            yield step, indices, inputs
+        for shards, inputs in zip(batches, pairs.batches(batches)):
+            yield step, [index for shard in shards for index in shard][own], own_rows(inputs, own)
             step += 1
 
 # %% ../nbs/16_train.ipynb #e29d7929
@@ -441,11 +477,10 @@ def check_world(
     "`ValueError` if these processes, or this device, cannot train with this configuration."
     device = world.device if world.size > 1 else pick_device(config.device)
     if config.compiled and device.type != "cuda": raise ValueError(f"train.compiled is for cuda, and the device is {device}; leave it out")
-    if config.shards % world.size: raise ValueError(f"train.shards {config.shards} cannot be shared out to {world.size} processes; give --train.shards {world.size}")
+    if config.batch_size % world.size: raise ValueError(f"train.batch_size {config.batch_size} cannot be shared out evenly to {world.size} processes; start a number of them that divides it")
     if config.batch_size // world.size % config.accumulation:
         raise ValueError(f"train.accumulation {config.accumulation} does not divide the {config.batch_size // world.size} pairs of each process; give --train.accumulation 1 or a divisor of that")
-    if world.size > 1 and (config.skip_twins or config.loss != "sigmoid"):
-        raise ValueError("several processes train with --train.loss sigmoid --train.no-skip-twins; twins in other processes cannot be seen")
+    if world.size > 1 and config.loss != "sigmoid": raise ValueError(f"several processes train with --train.loss sigmoid, not {config.loss}, which needs all scores of a pair in one place")
     if world.size > 1 and config.seconds: raise ValueError("several processes have no common clock; give --train.steps instead of --train.seconds")
 
 # %% ../nbs/16_train.ipynb #4491852c
@@ -461,6 +496,8 @@ def begin(model, pairs, config, run, resume, world): # what comes before the fir
     optimizer = make_optimizer(model, config)
     first = load_checkpoint(checkpoints, model, optimizer) if run and resume else 0
     if gather_values({"step": first}, world)["step"] != first: raise RuntimeError(f"rank {world.rank} has step {first} as its newest checkpoint, but others have another; --run must be a folder that all processes see")
+    if run and world.is_main:
+        for path in checkpoints.glob(".step-*.tmp"): path.unlink()  # of a run that was killed while it wrote
     if run and hasattr(pairs, "bad"): pairs.bad.write_to(Path(run) / (f"bad-{world.rank}.jsonl" if world.rank else "bad.jsonl"))
     return config, optimizer, first
 
@@ -471,7 +508,7 @@ def train(
     config:TrainConfig,
     run:str|Path|None=None, # folder for metrics.jsonl and checkpoints/; None keeps nothing
     resume:bool=False, # continue from the newest checkpoint in `run`
-    watch=None, # called as watch(step, model) every `log_every` steps
+    watch=None, # called as watch(step, model) every `log_every` steps, and after the last
     world:World=World() # the processes that train together
 ) -> list: # of dicts, one a logged step: step, pairs, loss, contrastive, masked, own (if the model has a loss of its own), lr, scale, bias, grad_norm
     "Train; with a run folder, Ctrl-C leaves a checkpoint."
@@ -479,7 +516,7 @@ def train(
     main_folder = Path(run) if run and world.is_main else None
     log = RunLog(main_folder, first, config, quiet=not world.is_main)
     with deferred_interrupt() as interrupted:
-        batches = ((step, indices, make_batch(inputs, model, config, step, world.rank)) for step, indices, inputs in log.timed(batches_from(first, pairs, config, world)))
+        batches = ((step, indices, make_batch(inputs, model, config, step, world)) for step, indices, inputs in log.timed(batches_from(first, pairs, config, world)))
         coming = next(batches, None)
         while coming:
             step, indices, batch = coming
@@ -493,17 +530,35 @@ def train(
             losses = gather_values({**losses, "stop": float(stop)}, world)  # all processes stop, or none
             stop, done = losses.pop("stop") > 0, step + 1
             try: norm = update(model, optimizer, lr, config.grad_norm, losses["loss"])
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{error} at step {step}, pairs {[i for shard in indices for i in shard][:8]}…; start another --run with a lower --train.lr") from None
+            except FloatingPointError as error: raise not_finite(error, step, main_folder, sum(gather_objects(suspects(model, batch, indices, config), world), [])) from None
             log.step(done, {**{name: float(loss) for name, loss in losses.items()}, "lr": lr, **scalars(model), "grad_norm": norm}, stop)
             if done % config.log_every == 0 and hasattr(pairs, "bad"): pairs.bad.join(gather_objects(pairs.bad.reasons, world))
-            if watch and done % config.log_every == 0: watch(done, model)
+            if watch and (done % config.log_every == 0 or done == config.steps): watch(done, model)
             if run and (stop or done % config.checkpoint_every == 0 or done == config.steps):
                 save_checkpoint(Path(run) / "checkpoints", model, optimizer, done, config.keep, write=world.is_main)
                 if main_folder: write_json(main_folder / "speed.json", log.speed(done))
             if stop: break
     gather_parameters(model)
     return finish(model, log, bool(interrupted), main_folder)
+
+# %% ../nbs/16_train.ipynb #ae6652ad
+def suspects(model, batch, indices, config): # -> [{"pair", "left", "right", "finite"}]: every pair of a batch, and whether its embeddings are finite
+    parts = [batch.part(i, config.accumulation) for i in range(config.accumulation)]
+    with torch.no_grad(): finite = torch.cat([forward(model, part.inputs, config)[0].flatten(1).isfinite().all(1).view(2, -1).all(0) for part in parts]).tolist()
+    text_tokenizer, vocab = getattr(model, "item_tokenizer", model).text_tokenizer, model.vocab
+    ids = batch.inputs["ids"]
+    if "labels" in batch.inputs: ids = ids.where(batch.inputs["labels"] < 0, batch.inputs["labels"])
+    texts = [text_tokenizer.decode([token for token in row[:length] if kind_of(token, vocab) == "text"]) for row, length in zip(ids.tolist(), batch.inputs["lengths"].tolist())]
+    return [{"pair": index, "left": left, "right": right, "finite": good} for index, left, right, good in zip(indices, texts[:len(batch)], texts[len(batch):], finite)]
+
+
+def not_finite(error, step, run, found): # -> the error, with the pairs that it comes from; `found`: what `suspects` gives, of all processes
+    broken = [row for row in found if not row["finite"]]
+    numbers = ", ".join(str(row["pair"]) for row in (broken or found)[:8]) + " …" * (len(broken or found) > 8)
+    where = f"the embeddings of pairs {numbers} are not finite" if broken else f"the embeddings of all its pairs ({numbers}) are finite"
+    kept = f"; {Path(run) / 'not-finite.json'} has their texts" if run else ""
+    if run: write_json(Path(run) / "not-finite.json", {"step": step, "reason": str(error), "pairs": broken or found})
+    return FloatingPointError(f"{error} at step {step}; {where}{kept}. Start another --run with a lower --train.lr, or mend the data")
 
 # %% ../nbs/16_train.ipynb #b02e80c1
 def scheduled(step, elapsed, config): # the learning rate by steps, or by the clock if that is further on
@@ -632,7 +687,7 @@ FREE = {"max_bad", "workers", *(f"train.{name}" for name in ("device", "accumula
 def open_run(
     run:str|Path, # folder
     config:dict, # the resolved configuration
-    resume:bool=False
+    resume:bool=False # go on if there is a run, and begin if there is none
 ) -> Path:
     "Check before any work that the folder is free, or holds this very run and may be resumed; writes nothing."
     run = Path(run)
@@ -643,7 +698,7 @@ def open_run(
         if different: raise ValueError(f"{str(run)!r} holds a run with another configuration ({'; '.join(different[:3])}); give another --run")
         if not resume: raise ValueError(f"{str(run)!r} already holds this run; add --resume to continue it, or give another --run")
     elif run.is_dir() and any(run.iterdir()): raise ValueError(f"{str(run)!r} is not empty and holds no run; give another --run")
-    elif resume: raise FileNotFoundError(f"nothing to resume: there is no run in {str(run)!r}")
+    elif resume: print(f"there is no run in {str(run)!r} yet; it begins", file=sys.stderr, flush=True)
     return run
 
 

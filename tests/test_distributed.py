@@ -29,15 +29,21 @@ CHUNKS, TYPES = (None, 1, 3, 4, 9), (torch.float64, torch.float32, torch.bfloat1
 
 # ---- what every process runs; five are started once and do everything
 
-def value_and_gradients(left, right, scale, bias, world, chunk=None, autocast=False, factor=1.0):
+def value_and_gradients(left, right, scale, bias, world, chunk=None, autocast=False, factor=1.0, same=None):
     leaves = [x.clone().requires_grad_() for x in (left, right, scale, bias)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast): loss = sharded_sigmoid_loss(*leaves, world, chunk)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast): loss = sharded_sigmoid_loss(*leaves, world, chunk, same)
     (loss * factor).backward()
     return {"loss": loss.detach(), **{f"grad_{name}": leaf.grad for name, leaf in zip(("left", "right", "logit_scale", "logit_bias"), leaves)}}
 
 
 def features(side, dtype=torch.float64): # of 25 pairs, five a rank
     return F.normalize(torch.randn(25, 12, generator=torch.Generator().manual_seed(SEEDS[side]), dtype=torch.float64), dim=-1).to(dtype)
+
+
+def twins_of_25(): # some within a rank, some on two
+    same = torch.zeros(25, 25, dtype=torch.bool)
+    for one, other in ((0, 3), (2, 19), (7, 24), (11, 12), (20, 1)): same[one, other] = same[other, one] = True
+    return same
 
 
 def losses_of_five(world, golden):
@@ -52,7 +58,10 @@ def losses_of_five(world, golden):
         left, right = (features(side, dtype).chunk(5)[world.rank] for side in ("left", "right"))
         found |= {f"{dtype}.{name}": value for name, value in value_and_gradients(left, right, *scalars, world).items()}
     left, right = (features(side).chunk(5)[world.rank] for side in ("left", "right"))
-    for chunk in CHUNKS: found |= {f"chunk{chunk}.{name}": value for name, value in value_and_gradients(left, right, *scalars, world, chunk).items()}
+    for chunk in CHUNKS:
+        found |= {f"chunk{chunk}.{name}": value for name, value in value_and_gradients(left, right, *scalars, world, chunk).items()}
+        same = twins_of_25().chunk(5)[world.rank]
+        found |= {f"twins{chunk}.{name}": value for name, value in value_and_gradients(left, right, *scalars, world, chunk, same=same).items()}
     found |= {f"autocast.{name}": value for name, value in value_and_gradients(left.float(), right.float(), *scalars, world, autocast=True).items()}
     found |= {f"factor.{name}": value for name, value in value_and_gradients(left, right, *scalars, world, factor=1024.0).items()}
     with torch.no_grad(): found["no_grad.loss"] = sharded_sigmoid_loss(left, right, *scalars, world)
@@ -217,15 +226,15 @@ def test_every_rank_has_the_originals_loss_and_gradients(golden, found, size):
         torch.testing.assert_close(of(found[:size], f"golden{size}", name), case[f"siglip_world{size}.{name}"], rtol=1e-5, atol=1e-5)
 
 
-def in_one_process(dtype=torch.float64):
+def in_one_process(dtype=torch.float64, same=None):
     leaves = [features(side, dtype).requires_grad_() for side in SEEDS] + [torch.tensor(x, requires_grad=True) for x in (12.0, -7.0)]
-    loss = sigmoid_loss(*leaves)
+    loss = sigmoid_loss(*leaves, same=same)
     loss.backward()
     return loss.detach(), [leaf.grad for leaf in leaves]
 
 
-def check_five(found, prefix, dtype=torch.float64, factor=1.0, **tolerance):
-    loss, gradients = in_one_process(dtype)
+def check_five(found, prefix, dtype=torch.float64, factor=1.0, same=None, **tolerance):
+    loss, gradients = in_one_process(dtype, same)
     torch.testing.assert_close(of(found, prefix, "loss").mean(), loss, rtol=1e-5, atol=1e-5)
     assert found[0][f"{prefix}.loss"].dtype == loss.dtype and found[0][f"{prefix}.grad_right"].dtype == dtype
     for name, expected in zip(("left", "right"), gradients):
@@ -236,6 +245,12 @@ def check_five(found, prefix, dtype=torch.float64, factor=1.0, **tolerance):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_five_ranks_are_one_process_whatever_the_chunk(found, chunk): check_five(found, f"chunk{chunk}", rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_twins_on_other_ranks_are_left_out_too(found, chunk):
+    check_five(found, f"twins{chunk}", same=twins_of_25(), rtol=1e-10, atol=1e-10)
+    assert of(found, f"twins{chunk}", "loss").mean() < of(found, f"chunk{chunk}", "loss").mean()
 
 
 @pytest.mark.parametrize("dtype, tolerance", list(zip(TYPES, (1e-10, 1e-5, 2e-2, 2e-3))))

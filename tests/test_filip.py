@@ -105,6 +105,10 @@ def test_the_tokens_that_are_sent_are_those_with_the_best_match():
 
 # ---- ranks
 
+TWINS = torch.zeros(6, 6, dtype=torch.bool)
+for one, other in ((0, 4), (1, 2), (3, 5)): TWINS[one, other] = TWINS[other, one] = True
+
+
 def on_rank(rank, world, port, folder):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -114,9 +118,9 @@ def on_rank(rank, world, port, folder):
         mine = [side[share][:, :int((side[share] != 0).any(-1).sum(1).max())] for side in (left, right)]  # ranks differ in their longest item
         found = {}
         for bias in (None, -3.0):
-            for fraction in (1.0, 0.5):
+            for fraction, same in ((1.0, None), (0.5, None), ("twins", TWINS[share])):
                 left.grad = right.grad = None
-                loss = f.sharded_filip_loss(*mine, torch.tensor(7.0, dtype=torch.float64), here, fraction, bias=bias)
+                loss = f.sharded_filip_loss(*mine, torch.tensor(7.0, dtype=torch.float64), here, 1.0 if fraction == "twins" else fraction, bias=bias, same=same)
                 loss.backward(retain_graph=True)
                 for name, value in (("loss", loss.detach()), ("left", left.grad), ("right", right.grad)): found[f"{name} {bias} {fraction}"] = value.clone()
         torch.save(found, folder / f"{rank}.pt")
@@ -132,13 +136,13 @@ def test_ranks_together_have_the_loss_of_one_process(world, tmp_path):
     for process in processes: process.join(100)
     assert [process.exitcode for process in processes] == [0] * world
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    for bias in (None, -3.0):
+    for bias, way, same in ((None, 1.0, None), (-3.0, 1.0, None), (None, "twins", TWINS), (-3.0, "twins", TWINS)):
         left, right = tokens((3, 1, 5, 2, 4, 2)).requires_grad_(), tokens((2, 4, 1, 3, 1, 1), seed=1).requires_grad_()
-        whole = f.filip_loss(left, right, torch.tensor(7.0, dtype=torch.float64), bias=bias)
+        whole = f.filip_loss(left, right, torch.tensor(7.0, dtype=torch.float64), same, bias=bias)
         whole.backward()
         of = lambda name, fraction: [rank[f"{name} {bias} {fraction}"] for rank in found]
-        assert float(sum(of("loss", 1.0))) / world == pytest.approx(float(whole), abs=1e-12)
-        for name, side in (("left", left), ("right", right)): torch.testing.assert_close(sum(of(name, 1.0)) / world, side.grad, atol=1e-12, rtol=0)
+        assert float(sum(of("loss", way))) / world == pytest.approx(float(whole.detach()), abs=1e-12)
+        for name, side in (("left", left), ("right", right)): torch.testing.assert_close(sum(of(name, way)) / world, side.grad, atol=1e-12, rtol=0)
         assert all(abs(float(some - all_)) > 1e-6 for some, all_ in zip(of("loss", 0.5), of("loss", 1.0))) and all(gradient.isfinite().all() for gradient in of("left", 0.5))
 
 

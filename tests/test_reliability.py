@@ -46,7 +46,7 @@ def small_model(seed=0):
 
 
 def settings(**changes):
-    return TrainConfig(**dict(steps=150, batch_size=24, shards=12, warmup_steps=5, log_every=1, checkpoint_every=7, device="cpu", skip_twins=False, mask_probability=0.1) | changes)
+    return TrainConfig(**dict(steps=150, batch_size=24, shards=2, warmup_steps=5, log_every=1, checkpoint_every=7, device="cpu", mask_probability=0.1) | changes)
 
 
 def run_rank(folder, config, rank, world, port):
@@ -95,22 +95,21 @@ def written(folder): return (folder / "metrics.jsonl").read_bytes(), (folder / "
 
 @pytest.mark.parametrize("world, kills", [(1, 14), (2, 6)], ids=["one process", "two ranks"])
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(place, world, kills):
-    config, whole, torn = settings(), place / f"whole-{world}", place / f"torn-{world}"
+    config, whole, torn = settings(steps=250), place / f"whole-{world}", place / f"torn-{world}"
     finish(whole, config, world)
     rng, reached = random.Random(world), []
-    while kills:
-        processes, before = start(torn, config, world), _steps(torn)
-        until = time.monotonic() + rng.uniform(0.3, 1.2) + world - 1
-        while time.monotonic() < until or _steps(torn) <= before and any(process.is_alive() for process in processes): time.sleep(0.003)  # not before it has done something
-        alive = [process for process in processes if process.is_alive()]
-        if not alive: break
-        os.kill(rng.choice(alive).pid, signal.SIGKILL)
+    for _ in range(kills):
+        processes, target = start(torn, config, world), _steps(torn) + rng.randrange(1, 7)
+        while _steps(torn) < target and all(process.is_alive() for process in processes): time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.02))  # anywhere in a step, or while a checkpoint is written
+        os.kill(rng.choice(processes).pid, signal.SIGKILL)
         for process in processes: process.join(40)
         assert not any(process.is_alive() for process in processes), "a rank waits for one that is gone"
+        assert -signal.SIGKILL in [process.exitcode for process in processes], "the run was over before it was killed"
         reached.append(_steps(torn))
-        kills -= 1
     finish(torn, config, world)
-    assert len(reached) >= (5 if world == 1 else 3) and len(set(reached)) > 2
+    assert len(set(reached)) > kills // 2 and reached[-1] < config.steps
+    assert not list(torn.glob("checkpoints/.*"))  # what was half written is gone
     assert written(torn) == written(whole)
     steps = [json.loads(line)["step"] for line in (torn / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, config.steps + 1))
@@ -130,10 +129,10 @@ def apart(ours, one): # how far from each other two runs end, as a share of the 
 
 
 def test_one_to_four_ranks_train_the_same_model(place):
-    "The same samples in the same order, the same losses, and in the end the same weights."
-    config, found = settings(steps=8, mask_probability=0.0, grad_norm=1.0), {}
+    "The same samples in the same order, the same hidden tokens and twins, the same losses, and in the end the same weights; of two shards three ranks and four have parts, and two ranks go in parts themselves."
+    config, found = settings(steps=8), {}
     for world in (1, 2, 3, 4):
-        finish(place / f"ranks-{world}", config, world)
+        finish(place / f"ranks-{world}", dataclasses.replace(config, accumulation=2 if world in (2, 3) else 1), world)
         rows = [json.loads(line) for line in (place / f"ranks-{world}" / "metrics.jsonl").read_text().splitlines()]
         found[world] = rows, load_file(place / f"ranks-{world}" / "model" / "model.safetensors")
     for world in (2, 3, 4):
@@ -143,23 +142,26 @@ def test_one_to_four_ranks_train_the_same_model(place):
 
 
 def test_ranks_that_keep_pieces_train_what_ranks_with_copies_do(place):
-    "And a run in pieces is resumed by one in copies."
-    config = settings(steps=14, mask_probability=0.1, optimizer="adamw")
+    "And a run in pieces is resumed by one in pieces, and by one in copies; the pieces also go through a batch in parts."
+    config = settings(steps=14, optimizer="adamw")
     finish(place / "copies", config, 2)
-    finish(place / "pieces", dataclasses.replace(config, sharded=True), 2)
-    shutil.copytree(place / "pieces", place / "again")
-    for path in (place / "again" / "checkpoints").glob("step-00000014.*"): path.unlink()
-    finish(place / "again", dataclasses.replace(config, sharded=True), 2)
-    copies, pieces, again = ([json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()] for name in ("copies", "pieces", "again"))
-    for ours, one in zip(pieces, copies, strict=True): assert ours["loss"] == pytest.approx(one["loss"], rel=1e-5) and ours["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    finish(place / "pieces", dataclasses.replace(config, sharded=True, accumulation=2), 2)
+    for name, changes in (("again", {"sharded": True, "accumulation": 2}), ("copied", {})):
+        shutil.copytree(place / "pieces", place / name)
+        for path in (place / name / "checkpoints").glob("step-00000014.*"): path.unlink()
+        finish(place / name, dataclasses.replace(config, **changes), 2)
+    copies, pieces, again, copied = ([json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()] for name in ("copies", "pieces", "again", "copied"))
+    for ours in (pieces, copied):
+        for row, one in zip(ours, copies, strict=True): assert row["loss"] == pytest.approx(one["loss"], rel=1e-5) and row["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     assert again == pieces and written(place / "again") == written(place / "pieces")
+    assert copied[:7] == pieces[:7] and copied[7:] != pieces[7:]  # it has begun at the checkpoint of the pieces
     assert apart(*(load_file(place / name / "model" / "model.safetensors") for name in ("pieces", "copies"))) < 5e-3
     assert type(FuseLIP.from_pretrained(place / "pieces" / "model")) is FuseLIP
     with pytest.raises(ValueError, match="train.sharded goes with --train.optimizer adamw"): settings(sharded=True, optimizer="muon")
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(place):
-    config = settings(steps=20, mask_probability=0.0)
+    config = settings(steps=20)
     finish(place / "steady", config)
     for world, steps in ((3, 7), (1, 14), (2, 20)):  # each leaves its checkpoint to the next
         processes = start(place / "moved", config if steps == 20 else dataclasses.replace(config, checkpoint_every=7), world)

@@ -19,7 +19,7 @@ from fuselip_edu.batches import SourcePairs, grouped_batches, tokenize_pairs
 from fuselip_edu.distributed import World
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
-from fuselip_edu.train import (PRESETS, TrainConfig, backward, batches_from, build, epoch_batches, load_checkpoint, make_batch, make_optimizer,
+from fuselip_edu.train import (PRESETS, TrainConfig, backward, batches_from, build, epoch_batches, item_keys, load_checkpoint, make_batch, make_optimizer,
                                open_run, parameter_groups, preset, save_checkpoint, seconds_trained, steps_an_epoch, train, twins, update)
 
 
@@ -170,7 +170,22 @@ def test_old_checkpoints_go(pairs, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(pairs):
     model = small_model()
     model.logit_bias.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="step 0"): train(model, pairs, settings())
+    with pytest.raises(FloatingPointError, match="loss became nan at step 0; the embeddings of all its pairs .* are finite"): train(model, pairs, settings())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_pairs_whose_embeddings_are_not_finite_are_named(pairs, tmp_path, accumulation):
+    model, config = small_model(), settings(batch_size=32, accumulation=accumulation, mask_probability=0.1)
+    (batch,), *_ = epoch_batches(pairs.groups, config, 0)
+    ids = [set(pairs.left.pad([i])[0][0].tolist()) | set(pairs.right.pad([i])[0][0].tolist()) for i in batch]
+    poison = next(token for token in range(model.vocab.n_text) if 0 < sum(token in row for row in ids) < 5 and token not in (0, model.vocab.sot, model.vocab.eot))
+    model.token_embedding.weight.data[poison] = float("inf")
+    with pytest.raises(FloatingPointError, match="at step 0; the embeddings of pairs") as caught: train(model, pairs, dataclasses.replace(config, mask_probability=0.0), tmp_path / "run")
+    note = json.loads((tmp_path / "run" / "not-finite.json").read_text())
+    expected = [index for index, row in zip(batch, ids) if poison in row]
+    assert [row["pair"] for row in note["pairs"]] == expected and note["step"] == 0 and str(expected[0]) in str(caught.value)
+    assert all(row["left"] + row["right"] for row in note["pairs"])
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
@@ -230,11 +245,26 @@ def test_scattered_pairs_are_the_same_pairs(pairs):
     assert {i for (batch,) in scattered for i in batch} <= set(range(len(pairs)))
 
 
-def test_more_processes_than_shards_is_an_error(pairs):
-    with pytest.raises(ValueError, match="--train.shards 2"): train(small_model(), pairs, settings(skip_twins=False), world=World(0, 2))
+def test_what_several_processes_cannot_do_is_an_error(pairs):
+    with pytest.raises(ValueError, match="batch_size 16 cannot be shared out evenly to 3 processes"): train(small_model(), pairs, settings(batch_size=16), world=World(0, 3))
     with pytest.raises(ValueError, match="accumulation 8 does not divide the 12 pairs"):
-        train(small_model(), pairs, settings(batch_size=24, shards=2, accumulation=8, skip_twins=False), world=World(0, 2))
-    with pytest.raises(ValueError, match="no-skip-twins"): train(small_model(), pairs, settings(shards=2), world=World(0, 2))
+        train(small_model(), pairs, settings(batch_size=24, accumulation=8), world=World(0, 2))
+    with pytest.raises(ValueError, match="loss sigmoid"): train(small_model(), pairs, settings(loss="softmax"), world=World(0, 2))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 12])
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_any_number_of_processes_shares_out_the_same_batches_and_hides_the_same_tokens(pairs, shards, size):
+    model, config = small_model(), settings(batch_size=24, shards=shards, mask_probability=0.3, skip_twins=False)
+    def first(world):
+        step, indices, inputs = next(batches_from(1, pairs, config, world))
+        hidden = make_batch(inputs, model, config, step, world).inputs["labels"]
+        return indices, [[row[row >= 0].tolist() for row in side] for side in hidden.chunk(2)]
+    indices, hidden = first(World())
+    parts = [first(World(rank, size)) for rank in range(size)]
+    assert sum((part[0] for part in parts), []) == indices and len(set(map(len, (part[0] for part in parts)))) == 1
+    for side in (0, 1): assert sum((part[1][side] for part in parts), []) == hidden[side]
+    assert sum(map(len, hidden[0])) > 24
 
 
 def test_epochs_decide_the_steps(pairs):
@@ -247,6 +277,8 @@ def test_twins_are_pairs_that_share_a_side(pairs):
     left, right = (side.tolist() for side in inputs["ids"].chunk(2))
     expected = [[i != j and (left[i] == left[j] or right[i] == right[j]) for j in range(60)] for i in range(60)]
     assert twins(inputs).tolist() == expected and any(map(any, expected))
+    wider = {"ids": torch.nn.functional.pad(inputs["ids"], (0, 7), value=3), "lengths": inputs["lengths"]}  # another process may pad further
+    assert torch.equal(item_keys(wider), item_keys(inputs))
 
 
 def test_a_source_that_is_read_when_needed_gives_the_same_batches(pairs):
