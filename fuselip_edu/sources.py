@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PICTURES', 'PLACES', 'PAIRS_AN_IMAGE', 'HATEFUL', 'PROMPTS', 'PREFIXES', 'MMEB_SETS', 'NAMES', 'HUB',
-           'source_groups', 'ShapesSource', 'inside', 'CSVSource', 'Texts', 'read_rows', 'TableSource', 'shard_index',
-           'ShardSource', 'plain_chance', 'random_resized_crop', 'AugmentedSource', 'data_files', 'load_rows',
-           'edit_pairs', 'HQEditSource', 'read_json', 'RegionSource', 'QuestionSource', 'mmeb_text', 'MMEBSource',
-           'open_captions', 'open_questions', 'open_source', 'stream_groups', 'source_images', 'fit_tokenizer']
+           'source_groups', 'ShapesSource', 'utf8', 'inside', 'CSVSource', 'Texts', 'read_rows', 'TableSource',
+           'shard_index', 'missing_numbers', 'ShardSource', 'plain_chance', 'random_resized_crop', 'AugmentedSource',
+           'data_files', 'load_rows', 'edit_pairs', 'HQEditSource', 'read_json', 'RegionSource', 'QuestionSource',
+           'mmeb_text', 'MMEBSource', 'open_captions', 'open_questions', 'open_source', 'stream_groups',
+           'source_images', 'fit_tokenizer']
 
 # %% ../nbs/12_sources.ipynb #f6ea78b2
-import bisect, contextlib, csv, functools, hashlib, json, os, random, re, tarfile, tempfile, zipfile
+import bisect, contextlib, csv, functools, hashlib, json, os, random, re, sys, tarfile, tempfile, zipfile
 from array import array
 from collections import defaultdict
 from dataclasses import replace
@@ -52,6 +53,7 @@ class ShapesSource:
         tgit:int=1, # transformations a scene
         without:str="" # parts that are left out, joined by commas
     ):
+        if scenes < 1: raise ValueError(f"scenes must be at least 1, not {scenes}")
         if tgit < 0: raise ValueError(f"tgit is the number of transformations of each scene, 0 or more, not {tgit}")
         self.scenes, self.seed, self.split, self.size = scenes, seed, split, size
         parts, absent = (*("caption",) * 4, "vqa", "edit", "region", *("tgit",) * tgit), without.split(",") if without else []  # of one scene's items
@@ -73,20 +75,29 @@ class ShapesSource:
     def groups(self): return [[index] for index in range(len(self))]
 
 # %% ../nbs/12_sources.ipynb #4da10174
-def _csv_rows(path): # yields (line number, {column: cell}); the header, as {column: column}, comes first
+def utf8(
+    text:str, # read with `errors="surrogateescape"`, which keeps bytes that are no UTF-8
+    where:str # file and record, for the error
+) -> str:
+    "The same text; `ValueError` if it holds such bytes."
+    try: text.encode()
+    except UnicodeEncodeError: raise ValueError(f"{where} is not UTF-8 text; save the file as UTF-8, or mend the record") from None
+    return text
+
+
+def _csv_rows(path): # yields (line number, {column: cell}); the header, as {column: column}, comes first. Cells may hold bytes that `utf8` refuses
     if not path.is_file(): raise FileNotFoundError(f"no CSV file at {str(path)!r}; check the path")
     line = 1
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            yield line, {name: name for name in reader.fieldnames}
+            names = reader.fieldnames = [utf8(name.strip(), f"{str(path)!r} line 1") for name in reader.fieldnames or []]
+            if twice := [name for name in names if names.count(name) > 1]: raise ValueError(f"{str(path)!r} has the column {twice[0]} twice; rename or remove one")
+            yield line, {name: name for name in names}
             for row in reader:
                 line = reader.line_num  # of the row's last line
                 if None in row: raise ValueError(f"{str(path)!r} line {line}: more cells than columns; put a text that contains a comma in quotes")
                 yield line, {name: (cell or "").strip() for name, cell in row.items()}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} after line {line} is not UTF-8 text ({error}); save it as UTF-8") from None
     except csv.Error as error: raise ValueError(f"{str(path)!r} line {line + 1}: {error}; is this a CSV file?") from None
 
 # %% ../nbs/12_sources.ipynb #edfa4393
@@ -101,6 +112,7 @@ def _read_rows(path): # -> list of (line number, {column: cell}), every column p
     if not rows: raise ValueError(f"{str(path)!r} has a header but no rows; add some")
     rows = [(line, dict.fromkeys(COLUMNS, "") | row) for line, row in rows]
     for line, row in rows:
+        for cell in row.values(): utf8(cell, f"{str(path)!r} line {line}")
         if not (row["image"] or row["instruction"]) or not (row["text"] or row["target_image"]):
             raise ValueError(f"{str(path)!r} line {line}: a row needs an image or instruction on the left and a text or target_image on the right")
     return rows
@@ -163,6 +175,7 @@ class CSVSource:
         seed:int=0
     ) -> dict: # {"left to right", "right to left": list of `Query`}
         "Find each row's other side, among the rows of its group if it has one, else among all; equal texts or images count once."
+        if candidates < 2: raise ValueError(f"candidates must be at least 2, the right one and a wrong one, not {candidates}")
         pairs = [self[index][0] for index in range(len(self))]
         sides = {"left to right": [(pair.left, pair.right) for pair in pairs], "right to left": [(pair.right, pair.left) for pair in pairs]}
         tasks = {name: _queries(asked, self.groups, candidates, random.Random(seed)) for name, asked in sides.items()}
@@ -195,21 +208,21 @@ class Texts:
         for text in texts: self.append(text)
 
     def append(self, text:str):
-        self.data += text.encode()
+        self.data += text.encode(errors="surrogatepass")
         self.ends.append(len(self.data))
 
     def __len__(self): return len(self.ends) - 1
 
     def __getitem__(self, index):
         if not 0 <= index < len(self): raise IndexError(f"item {index} of {len(self)} texts")
-        return self.data[self.ends[index]:self.ends[index + 1]].decode()
+        return self.data[self.ends[index]:self.ends[index + 1]].decode(errors="surrogatepass")
 
 # %% ../nbs/12_sources.ipynb #79d3716c
 def _json_rows(path): # yields (line number, {column: value})
     with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
             if not text.strip(): continue
-            try: row = json.loads(text.strip())
+            try: row = json.loads(text.decode("utf-8-sig", "surrogateescape").strip())
             except ValueError as error: raise ValueError(f"{str(path)!r} line {line} is not JSON ({error}); download the file again") from None
             if not isinstance(row, dict): raise ValueError(f"{str(path)!r} line {line} is not a JSON object; expected one row a line")
             yield line, row
@@ -283,9 +296,11 @@ class TableSource:
 
     def __len__(self): return len(self.lines)
 
-    def __getitem__(self, index): # one `Pair` in a list; none where the text is empty
-        if not self.texts[index]: return []
-        return [Pair(Item(self._image(index), self.questions[index] or None), Item(text=self.texts[index]))]
+    def __getitem__(self, index): # one `Pair` in a list; `ValueError` where the text is empty or not UTF-8
+        where = f"{str(self.path)!r} line {self.lines[index]}"
+        text, question = (utf8(texts[index], where) for texts in (self.texts, self.questions))
+        if not text: raise ValueError(f"{where} has no text; give it one, or remove the record")
+        return [Pair(Item(self._image(index), question or None), Item(text=text))]
 
     @property
     def groups(self): return [[index] for index in range(len(self))]
@@ -336,6 +351,12 @@ def shard_index(
     return samples
 
 # %% ../nbs/12_sources.ipynb #41594ac0
+def missing_numbers(paths): # of files whose names end in a number: those between the first and the last that no file has
+    found = [re.search(r"(\d+)\D*$", path.name) for path in paths]
+    numbers = {int(match[1]) for match in found if match}
+    return sorted(set(range(min(numbers, default=0), max(numbers, default=0))) - numbers) if all(found) else []
+
+
 class ShardSource:
     "Image → caption from WebDataset shards, any item at any time; every item alone."
     def __init__(self,
@@ -344,12 +365,13 @@ class ShardSource:
     ):
         self.shards = sorted(Path(folder).glob(pattern))
         if not self.shards: raise FileNotFoundError(f"no shards {pattern} in {str(folder)!r}; expected files such as cc3m-train-0000.tar")
+        if gaps := missing_numbers(self.shards): print(f"{str(folder)!r} has no shard {', '.join(map(str, gaps[:8]))}{' …' * (len(gaps) > 8)}, though it has later ones; going on without", file=sys.stderr, flush=True)
         self.samples = [shard_index(shard) for shard in progress(self.shards, "indexing shards")]
         self.ends = np.cumsum([len(samples) for samples in self.samples]).tolist()
 
     def __len__(self): return self.ends[-1]
 
-    def __getitem__(self, index): # one `Pair` in a list; none where the caption is empty
+    def __getitem__(self, index): # one `Pair` in a list; `ValueError` where the caption is empty or not UTF-8
         if not 0 <= index < len(self): raise IndexError(f"item {index} of a source of {len(self)}")
         at = bisect.bisect_right(self.ends, index)
         shard, sample = self.shards[at], self.samples[at][index - self.ends[at]]
@@ -357,10 +379,10 @@ class ShardSource:
         with open(shard, "rb") as file:
             file.seek(text_start)
             text = file.read(text_size)
-        try: caption = text.decode().strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{str(shard)!r}: the caption of {name.decode()!r} is not UTF-8 text ({error}); download the shard again") from None
-        return [Pair(Item(f"{shard}#{name.decode()}@{start}+{size}"), Item(text=caption))] if caption else []
+        where = f"{str(shard)!r}: the caption of {name.decode()!r}"
+        caption = utf8(text.decode(errors="surrogateescape").strip(), where)
+        if not caption: raise ValueError(f"{where} is empty; give it one, or remove the record")
+        return [Pair(Item(f"{shard}#{name.decode()}@{start}+{size}"), Item(text=caption))]
 
     @property
     def groups(self): return [[index] for index in range(len(self))]
@@ -465,7 +487,7 @@ class HQEditSource:
     def __init__(self,
         place:str|Path="UCSC-VLAA/HQ-Edit" # a hub id, or a folder with Parquet files
     ):
-        self.place, self.files, self._row = place, [], (None, None)
+        self.place, self.files, self._row = place, [], (None, None)  # files: (path, rows)
         for path in data_files(place, "*.parquet"):
             file = _open_parquet(path)
             _expect_columns(repr(path), file.schema_arrow.names, self.columns)
@@ -476,8 +498,11 @@ class HQEditSource:
     def _pairs(self, at): # of row `at`, whose pictures are decoded once while its pairs are read
         if self._row[0] != at:
             try: self._row = (at, edit_pairs(self.data[at]))
-            except (OSError, SyntaxError) as error: raise ValueError(f"{self._where(at)}: no readable image ({error}); download the file again") from None
+            except Exception as error: raise ValueError(f"{self._where(at)}: no readable image ({error}); download the file again") from None  # a decoder may raise anything
         return self._row[1]
+
+    @property
+    def shards(self): return [path for path, _ in self.files]
 
     def _where(self, at):
         for path, rows in self.files:
@@ -640,16 +665,17 @@ class MMEBSource:
                     if taken == rows: break
                     taken += 1
                     self.places.extend((len(self.files) - 1, line))
-                    for column in self.columns: self.cells.append(row[column])
+                    for column in self.columns: self.cells.append(_cell(row[column], f"{str(path)!r} line {line}: {column}"))
         if not self.places:
             raise FileNotFoundError(f"no rows of MMEB in {str(folder)!r}; expected files such as ImageNet_1K/original-00000-of-00001.parquet")
 
     def __len__(self): return len(self.places) // 2
 
     def __getitem__(self, index): # one `Pair` in a list; none where a side is empty
+        if not 0 <= index < len(self): raise IndexError(f"item {index} of a source of {len(self)}")
         file, line = self.places[2 * index:2 * index + 2]
         name, path = self.files[file]
-        asked, asked_image, right, right_image = (self.cells[4 * index + i] for i in range(4))
+        asked, asked_image, right, right_image = (utf8(self.cells[4 * index + i], f"{str(path)!r} line {line}") for i in range(4))
         asked, right = mmeb_text(asked, name), mmeb_text(right, name, target=True)
         left_image, right_image = (image and _picture(self.folder, image, f"{str(path)!r} line {line}") for image in (asked_image, right_image))
         if not (left_image or asked) or not (right_image or right): return []
@@ -736,16 +762,26 @@ def source_images(
     size:int # side of the square in pixels
 ): # (n, 3, size, size), uint8
     "The distinct images of a source's items: what an image tokenizer trains on."
-    found = {}
-    for pairs in source_groups(source):
-        for image in (item.image for pair in pairs for item in (pair.left, pair.right) if item.image is not None):
+    if n < 1: raise ValueError(f"the number of images must be at least 1, not {n}")
+    found, bad, allowed = {}, [], sum(map(len, source.groups)) / 1000
+
+    def readable(read): # what it gives; None if it fails, which one record in a thousand may
+        try: return read()
+        except (ValueError, OSError) as error:
+            bad.append(error)
+            if len(bad) > allowed: raise
+            print(f"passed over: {error}", file=sys.stderr, flush=True)
+
+    for index in (index for group in source.groups for index in group):
+        for image in (item.image for pair in readable(lambda: source[index]) or () for item in (pair.left, pair.right) if item.image is not None):
             if isinstance(image, (str, torch.Tensor)): found.setdefault(image if isinstance(image, str) else id(image), image)
             else:  # a decoded picture, too large to be kept as it is
                 pixels = load_image(image, size)
                 found.setdefault(hashlib.sha256(pixels.numpy().tobytes()).digest(), pixels)
         if len(found) >= n: break
     if not found: raise ValueError("the data has no images to train a tokenizer on; give rows with an image or target_image")
-    return torch.stack([load_image(image, size) for image in progress(list(found.values())[:n], "reading images")])
+    read = [readable(lambda: load_image(image, size)) for image in progress(list(found.values())[:n], "reading images")]
+    return torch.stack([pixels for pixels in read if pixels is not None])
 
 # %% ../nbs/12_sources.ipynb #e973f26a
 def fit_tokenizer(

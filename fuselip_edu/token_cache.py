@@ -125,9 +125,11 @@ def read_note(
 TRANSFORM = "random window of 90 to 100 % of the area, for every picture that is not final"
 
 
-def tables_digest(source): # of the tables that a source and those inside it are read from; "" for one that is made
+def tables_digest(source): # of the tables, and of the names and sizes of the shards, that a source and those inside it are read from; "" for one that is made
     inner = [*getattr(source, "sources", {}).values(), *filter(None, [getattr(source, "source", None)])]
     found = [_checksum(source.path)] if isinstance(getattr(source, "path", None), Path) else []
+    shards = [Path(file) for file in getattr(source, "shards", [])]
+    if shards: found.append(hashlib.sha256("".join(f"{shard.name} {shard.stat().st_size}\n" for shard in shards).encode()).hexdigest())
     found += filter(None, map(tables_digest, inner))
     return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest() if found else ""
 
@@ -143,6 +145,7 @@ def cache_plan(
     "All that decides what a cache holds."
     sizes, text = item_tokenizer.image_tokenizer.config, item_tokenizer.text_tokenizer
     if views < 1: raise ValueError(f"views must be at least 1, not {views}")
+    if block < 0: raise ValueError(f"block must be at least 1 item, or 0 to choose, not {block}")
     if text.n_vocab > 65_536 or sizes.n_codes > 65_536: raise ValueError(f"ids are kept in two bytes, but there are {max(text.n_vocab, sizes.n_codes):,} of them")
     return {"format": 1, "data": data, "seed": seed, "items": len(source), "tables": tables_digest(source), "views": views, "block": block or max(4096, -(-len(source) // 256)),
             "image_size": sizes.image_size, "n_latents": sizes.n_latents, "n_codes": sizes.n_codes, "image_tokenizer": image_tokenizer_digest(item_tokenizer.image_tokenizer),

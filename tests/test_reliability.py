@@ -227,8 +227,14 @@ def bomb(): # a PNG whose header claims 60,000 × 60,000 pixels
     return bytes(data)
 
 
+def ill_chunk(): # a PNG with a colour profile that is too short, behind its pixels: Pillow stumbles over it with an IndexError
+    data, end = png(), png().rindex(b"IEND") - 4
+    profile = b"iCCP" + b"p\0"
+    return data[:end] + struct.pack(">I", 2) + profile + struct.pack(">I", zlib.crc32(profile)) + data[end:]
+
+
 READABLE = {"palette.png": png("P"), "cmyk.jpg": jpeg("CMYK"), "alpha.png": png("RGBA"), "deep.png": png("I;16"), "moves.gif": animated(), "dot.png": png(size=(1, 1)), "strip.png": png(size=(20_000, 10))}
-BROKEN = {"cut.jpg": jpeg()[:200], "zero.jpg": b"", "bomb.png": bomb(), "words.png": b"not a picture"}
+BROKEN = {"cut.jpg": jpeg()[:200], "zero.jpg": b"", "bomb.png": bomb(), "words.png": b"not a picture", "profile.png": ill_chunk()}
 
 
 @pytest.fixture(scope="module")
@@ -256,15 +262,15 @@ def test_odd_pictures_are_read_and_broken_ones_are_passed_over(pictures, tmp_pat
     bad = BadItems(len(names), 0.5)
     bad.write_to(tmp_path / "bad.jsonl")
     pairs = SourcePairs(source, Small(), workers=workers, bad=bad)
-    batches = list(pairs.batches([[list(range(11))], [list(range(11, 22))]]))
-    assert [len(batch) for batch in batches] == [22, 22]  # filled up with the pairs of neighbours
-    assert all(shape == (3, 16, 16) for batch in batches for text, shape in batch[:11])
+    batches = list(pairs.batches([[list(range(12))], [list(range(12, 24))]]))
+    assert [len(batch) for batch in batches] == [24, 24]  # filled up with the pairs of neighbours
+    assert all(shape == (3, 16, 16) for batch in batches for text, shape in batch[:12])
     assert sorted(bad.reasons) == [index for index, name in enumerate(names) if name in BROKEN]
     rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     for row in rows: assert names[row["item"]] in row["reason"] and f"item {row['item']} is passed over" in capfd.readouterr().err + "".join(f"item {r['item']} is passed over" for r in rows)
     again = BadItems(len(names), 0.5)
     again.write_to(tmp_path / "bad.jsonl")
-    list(SourcePairs(source, Small(), bad=again).batches([[list(range(22))]]))
+    list(SourcePairs(source, Small(), bad=again).batches([[list(range(24))]]))
     assert again.reasons == bad.reasons and (tmp_path / "bad.jsonl").read_text().count("\n") == len(rows)  # a resumed run writes none down twice, and one that was mended is forgotten
 
 
@@ -308,12 +314,12 @@ def test_captions_that_are_empty_endless_or_no_text(tmp_path):
                 tar.addfile(member, io.BytesIO(data))
     source = ShardSource(folder)
     reader, model = Reader(source), small_model()
-    assert reader[0] == [] and isinstance(reader[1], Unreadable) and "not UTF-8" in reader[1]
+    assert isinstance(reader[0], Unreadable) and "is empty" in reader[0] and isinstance(reader[1], Unreadable) and "not UTF-8" in reader[1]
     started = time.monotonic()
     with pytest.warns(UserWarning, match="does not fit the context"): sequences = model.item_tokenizer([reader[2][0].right])
     assert len(sequences[0]) == model.vocab.context and time.monotonic() - started < 5
-    bad = BadItems(4, 0.25)
-    assert len(tokenize_pairs(readable_groups(source, bad), model.item_tokenizer)) == 2 and list(bad.reasons) == [1]
+    bad = BadItems(4, 0.5)
+    assert len(tokenize_pairs(readable_groups(source, bad), model.item_tokenizer)) == 2 and list(bad.reasons) == [0, 1]
 
 
 def test_a_broken_shard_is_named_and_a_missing_one_is_passed_over_item_by_item(tmp_path):
@@ -345,12 +351,16 @@ def tokenize(folder, scenes, plan):
     tokenize_source(source, small_model().item_tokenizer, folder, plan)
 
 
-def test_a_cache_that_is_killed_is_the_cache_of_an_uninterrupted_run(tmp_path):
-    source = ShapesSource(200)
-    plan = cache_plan(source, small_model().item_tokenizer, "shapes", block=100)
+LONG = pytest.mark.skipif(not os.environ.get("FUSELIP_LONG"), reason="100,000 pictures, twice, take some ten minutes; FUSELIP_LONG=1 runs it")
+
+
+@pytest.mark.parametrize("scenes, block", [(200, 100), pytest.param(21_500, 4000, marks=LONG)])
+def test_a_cache_that_is_killed_is_the_cache_of_an_uninterrupted_run(tmp_path, scenes, block):
+    source = ShapesSource(scenes)
+    plan = cache_plan(source, small_model().item_tokenizer, "shapes", block=block)
     torn, whole, rng, counts = tmp_path / "torn", tmp_path / "whole", random.Random(0), []
     for _ in range(3):
-        process, done = SERVER.Process(target=tokenize, args=(torn, 200, plan)), len(list(torn.glob("*/*.json")))
+        process, done = SERVER.Process(target=tokenize, args=(torn, scenes, plan)), len(list(torn.glob("*/*.json")))
         process.start()
         while len(list(torn.glob("*/*.json"))) == done: time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.4))
@@ -359,9 +369,10 @@ def test_a_cache_that_is_killed_is_the_cache_of_an_uninterrupted_run(tmp_path):
         counts.append(len(list(torn.glob("*/*.json"))))
     assert not (torn / "manifest.json").exists() and counts == sorted(set(counts))
     tokenize_source(source, small_model().item_tokenizer, torn, plan)
-    tokenize_source(source, small_model().item_tokenizer, whole, plan)
+    manifest = tokenize_source(source, small_model().item_tokenizer, whole, plan)
+    assert scenes == 200 or manifest["images"] > 100_000
     names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
-    assert len(names) > 40 and all((torn / name).read_bytes() == (whole / name).read_bytes() for name in names)
+    assert len(names) > 30 and all((torn / name).read_bytes() == (whole / name).read_bytes() for name in names)
 
 
 def test_a_run_from_the_cache_is_the_run_without_it(tmp_path):

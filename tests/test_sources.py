@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import random
+import struct
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -132,7 +134,31 @@ def test_wrong_tables(folder, content, message):
 
 
 def test_wrong_encoding(folder):
-    with pytest.raises(ValueError, match="is not UTF-8 text"): table(folder, "image,text\nred.png,grün\n", "latin-1")
+    with pytest.raises(ValueError, match="line 3 is not UTF-8 text"): table(folder, "image,text\nred.png,a\nred.png,grün\n", "latin-1")
+    with pytest.raises(ValueError, match="line 1 is not UTF-8 text"): table(folder, "image,größe\nred.png,a\n", "latin-1")
+    with pytest.raises(ValueError, match="is not UTF-8 text"): table(folder, "image,text\nred.png,a\n", "utf-16")
+
+
+def test_a_column_that_is_there_twice(folder):
+    with pytest.raises(ValueError, match="has the column text twice"): table(folder, "image,text,text\nred.png,a,b\n")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_one_spoiled_record_of_a_large_table_is_one_bad_item(folder, suffix):
+    rows = ["red.png,a", "red.png,gr\xfcn", "red.png,", "red.png,d"] if suffix == "csv" else ['{"path": "red.png", "caption": "%s"}' % text for text in ("a", "gr\xfcn", "", "d")]
+    (folder / f"large.{suffix}").write_bytes("\n".join(["path,caption"] * (suffix == "csv") + rows).encode("latin-1"))
+    source, first = TableSource(folder / f"large.{suffix}"), 2 if suffix == "csv" else 1
+    assert [source[i][0].right.text for i in (0, 3)] == ["a", "d"]
+    with pytest.raises(ValueError, match=rf"large.{suffix}' line {first + 1} is not UTF-8 text"): source[1]
+    with pytest.raises(ValueError, match=rf"large.{suffix}' line {first + 2} has no text"): source[2]
+
+
+def test_tokenizers_train_on_what_can_be_read(folder, capsys):
+    (folder / "large.csv").write_text("path,caption\n" + "red.png,a\n" * 998 + "red.png,\n" + "green.png,b\n")
+    assert len(source_images(TableSource(folder / "large.csv"), 5, 8)) == 2 and "passed over: " in capsys.readouterr().err
+    (folder / "small.csv").write_text("path,caption\nred.png,a\nred.png,\n")
+    with pytest.raises(ValueError, match="line 3 has no text"): source_images(TableSource(folder / "small.csv"), 5, 8)
+    with pytest.raises(ValueError, match="must be at least 1, not 0"): source_images(ShapesSource(5), 0, 8)
 
 
 def test_no_file(tmp_path):
@@ -242,9 +268,9 @@ def picture(index, size=(40, 30)): # a picture of one colour that tells its numb
     return Image.new("RGB", size, (index * 20, 100, 250 - index * 20))
 
 
-def jpeg(index, size=(40, 30)):
+def jpeg(index, kind="JPEG", size=(40, 30)):
     buffer = io.BytesIO()
-    picture(index, size).save(buffer, "jpeg", quality=95)
+    picture(index, size).save(buffer, kind, quality=95)
     return buffer.getvalue()
 
 
@@ -317,7 +343,8 @@ def test_other_names_and_extensions(tmp_path):
     path = write_tar(tmp_path / "cc12m-train-0000.tar", members)
     with tarfile.open(path, "a") as tar: tar.addfile(link("alone.jpg", "/etc/passwd"))  # only whole members count
     source = ShardSource(tmp_path)
-    assert [[(number(pair.left), pair.right.text) for pair in source[i]] for i in range(len(source))] == [[(2, "caption 2, é")], [], [(5, "of the folder d")]]
+    with pytest.raises(ValueError, match="the caption of 'empty.jpg' is empty"): source[1]
+    assert [[(number(pair.left), pair.right.text) for pair in source[i]] for i in (0, 2)] == [[(2, "caption 2, é")], [(5, "of the folder d")]]
 
 
 def link(name, target):
@@ -409,7 +436,8 @@ def test_caption_table(captions):
 def test_question_table(captions):
     path = write_csv(captions.parent / "cc3m_vqa_train_v2.csv", ["path", "question", "answer"], [["train/000000001.jpg", "What is it?", "A one."], ["train/000000002.jpg", "And?", ""]])
     source = open_source(f"cc3m-vqa:{path}")
-    assert texts(source) == [("What is it?", "A one.")] and number(source[0][0].left) == 1 and source[1] == [] and len(source) == 2
+    assert [(pair.left.text, pair.right.text) for pair in source[0]] == [("What is it?", "A one.")] and number(source[0][0].left) == 1 and len(source) == 2
+    with pytest.raises(ValueError, match="line 3 has no text"): source[1]
 
 
 @pytest.mark.parametrize("header, rows, message", [
@@ -513,10 +541,17 @@ def test_shares_of_augmented_pairs(shards):
     with pytest.raises(ValueError, match="must lie between 0 and 1, not 9"): AugmentedSource([], 9)
 
 
-def test_empty_items_stay_empty(tmp_path):
+def test_an_empty_caption_is_a_broken_record_whatever_is_made_of_it(tmp_path):
     folder = write_tar(tmp_path / "x-train-0.tar", [("a.jpg", jpeg(0)), ("a.txt", b" ")]).parent
     source = AugmentedSource(ShardSource(folder), 0.0, 0, 8)
-    assert source[0] == [] and list(source_groups(source)) == []
+    with pytest.raises(ValueError, match="'a.jpg' is empty"): source[0]
+
+
+def test_shards_that_are_missing_in_between_are_named(tmp_path, capsys):
+    for number in (0, 1, 4): write_tar(tmp_path / f"x-train-{number:04}.tar", sample(number, "{:03}", "jpg"))
+    assert len(ShardSource(tmp_path)) == 3 and "has no shard 2, 3, though it has later ones" in capsys.readouterr().err
+    (tmp_path / "x-train-0004.tar").unlink()
+    assert len(ShardSource(tmp_path)) == 2 and not capsys.readouterr().err
 
 
 # HQ-Edit
@@ -570,11 +605,15 @@ def test_hq_edit_leaves_out_what_is_missing(tmp_path, hub_cache):
 
 def test_hq_edit_errors(edits, tmp_path):
     import datasets
-    broken = edit_rows(1)[0] | {"input_image": {"bytes": b"not a picture", "path": None}}
-    write_edits(edits / "data" / "train-00002-of-00003.parquet", [*edit_rows(2), broken])
+    bomb = bytearray(jpeg(0, "PNG"))
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)  # its header claims as many pixels
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    broken = [edit_rows(1)[0] | {"input_image": {"bytes": data, "path": None}} for data in (b"not a picture", bytes(bomb))]
+    write_edits(edits / "data" / "train-00002-of-00003.parquet", [*edit_rows(2), *broken])
     source = HQEditSource(edits)
     assert source[3][0].left.text == "edit 0"
-    with pytest.raises(ValueError, match="train-00002-of-00003.parquet' row 3: no readable image"): source[5]
+    for index in (5, 6):
+        with pytest.raises(ValueError, match=f"train-00002-of-00003.parquet' row {index - 2}: no readable image"): source[index]
     (edits / "data" / "z.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="data/z.parquet' is not a whole Parquet file .*; download it again"): HQEditSource(edits)
     datasets.Dataset.from_list([{"edit": "a", "input": "b"}]).to_parquet(edits / "data" / "z.parquet")
@@ -839,7 +878,9 @@ def test_cells_that_are_numbers_or_spaces(folder):
     rows = [{"path": "red.png", "caption": 3}, {"path": "red.png", "caption": "  "}, {"path": "red.png", "caption": None}, {"path": "red.png", "caption": " two "}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = TableSource(path)
-    assert [[pair.right.text for pair in source[index]] for index in range(4)] == [["3"], [], [], ["two"]]
+    assert [[pair.right.text for pair in source[index]] for index in (0, 3)] == [["3"], ["two"]]
+    for index in (1, 2):
+        with pytest.raises(ValueError, match=f"line {index + 1} has no text"): source[index]
     path.write_text(json.dumps({"path": "red.png", "caption": ["a", "b"]}) + "\n")
     with pytest.raises(ValueError, match="table.jsonl' line 1: caption is list .*expected a text"): TableSource(path)
 

@@ -181,7 +181,8 @@ def test_half_a_note_is_no_note(tokenizer, tmp_path):
 
 
 def test_nothing_to_tokenize_is_said(tokenizer):
-    source = ShapesSource(0)
+    class Nothing(ShapesSource): groups = []
+    source = Nothing(2)
     with pytest.raises(ValueError, match="no items to tokenize"): cache_cost(source, tokenizer, cache_plan(source, tokenizer, "test"))
 
 
@@ -194,4 +195,11 @@ def test_a_table_that_has_changed_is_not_continued(tokenizer, tmp_path):
     tokenize_source(CSVSource(path), tokenizer, tmp_path / "cache", plan())
     path.write_text("image,text\na.png,a red square\na.png,red\n")
     with pytest.raises(ValueError, match="a cache of another plan: tables is"): tokenize_source(CSVSource(path), tokenizer, tmp_path / "cache", plan())
+    with pytest.raises(ValueError, match="block must be at least 1 item, or 0 to choose, not -1"): cache_plan(ShapesSource(2), tokenizer, "shapes", block=-1)
+    class Shards(ShapesSource): shards = [tmp_path / "a-train-0000.tar"]
+    digests = set()
+    for size in (100, 200):
+        Shards.shards[0].write_bytes(bytes(size))
+        digests.add(cache_plan(Shards(2), tokenizer, "cc3m")["tables"])
+    assert len(digests) == 2 and "" not in digests
     assert cache_plan(ShapesSource(2), tokenizer, "shapes")["tables"] == "" != plan()["tables"] == cache_plan(MixedSource({"a": CSVSource(path)}), tokenizer, "x")["tables"]

@@ -15,7 +15,7 @@ import torch
 import fuselip_edu.batches
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
 from fuselip_edu.sources import ShapesSource, source_groups
-from fuselip_edu.batches import SourcePairs, grouped_batches, tokenize_pairs
+from fuselip_edu.batches import BadItems, SourcePairs, grouped_batches, tokenize_pairs
 from fuselip_edu.distributed import World
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
@@ -223,7 +223,7 @@ def test_nonsense_is_refused(name):
     with pytest.raises(ValueError, match=name): TrainConfig(**{name: 0})
 
 
-@pytest.mark.parametrize("changes", [{"shards": 3}, {"accumulation": 3}, {"precision": "fp8"}, {"loss": "hinge"}, {"chunk": -1}])
+@pytest.mark.parametrize("changes", [{"grad_norm": 0.0}, {"grad_norm": -1.0}, {"shards": 3}, {"accumulation": 3}, {"precision": "fp8"}, {"loss": "hinge"}, {"chunk": -1}])
 def test_what_does_not_fit_is_refused(changes):
     with pytest.raises(ValueError, match=f"train.{[*changes][0]}"): TrainConfig(**changes)
 
@@ -243,6 +243,31 @@ def test_scattered_pairs_are_the_same_pairs(pairs):
     shared = lambda batches: sum(len({*group} & {*batch}) == len(group) for (batch,) in batches for group in pairs.groups if len(group) > 2)
     assert len(together) == len(scattered) and shared(together) > 10 * shared(scattered)
     assert {i for (batch,) in scattered for i in batch} <= set(range(len(pairs)))
+
+
+def test_a_run_that_was_killed_while_it_wrote_leaves_nothing_behind(pairs, tmp_path):
+    train(small_model(), pairs, settings(steps=4), tmp_path)
+    (tmp_path / "checkpoints" / ".step-00000008.safetensors.123-abc.tmp").write_bytes(b"half")
+    train(small_model(), pairs, settings(steps=8), tmp_path, resume=True)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_resuming_what_is_not_there_yet_begins_it(tmp_path, capsys):
+    assert open_run(tmp_path / "new", {"a": 1}, resume=True) == tmp_path / "new" and "it begins" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_run_may_have_bad_items_before_it_has_a_folder(pairs, tmp_path):
+    pairs = dataclasses.replace(pairs)
+    pairs.bad = BadItems(1000, 0.01)
+    pairs.bad.reasons[7] = "broken"
+    train(small_model(), pairs, settings(steps=1), tmp_path / "new" / "run")
+    assert json.loads((tmp_path / "new" / "run" / "bad.jsonl").read_text()) == {"item": 7, "reason": "broken"}
+
+
+def test_the_last_step_is_watched_too(pairs):
+    seen = []
+    train(small_model(), pairs, settings(steps=7, log_every=5), watch=lambda step, model: seen.append(step))
+    assert seen == [5, 7]
 
 
 def test_what_several_processes_cannot_do_is_an_error(pairs):
