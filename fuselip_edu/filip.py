@@ -173,6 +173,10 @@ class FILIP(TokenizedItems, FILIPEncoder, ItemEncoder):
             if item.image is not None: row.copy_(load_image(item.image, self.image_size))
         return dict(zip(("ids", "lengths"), pad_sequences(self.places(items)))) | {"pixels": pixels}
 
+    def encode(self, images=None, texts=None, batch_size:int=256) -> list: # of (tokens, features), unit vectors on the CPU
+        "As `FuseLIP.encode`, but every item has the features of all of its tokens, not one vector; `token_similarity` compares them."
+        return super().encode(images, texts, batch_size)
+
     @torch.no_grad()
     def embed_items(self, items, batch_size:int=256): # list of `Item` -> list of (tokens, features), on the CPU
         was_training, found = self.training, []
