@@ -387,7 +387,9 @@ def load_original(cls, # `FuseLIP`
     encoder, tokenizer = original_config(config, path), config.get("image_tokenizer")
     if not isinstance(tokenizer, str): raise ValueError(f"{str(path)!r} has image_tokenizer {tokenizer!r}, but a hub id or a folder is needed")
     try: sizes = encoder_config(folder / tokenizer if (folder / tokenizer).is_dir() else tokenizer)
-    except (OSError, ValueError) as error: raise type(error)(f"{str(path)!r} names the image tokenizer {tokenizer!r}, and {error}") from None
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError  # some kinds of them want other arguments
+        raise kind(f"{str(path)!r} names the image tokenizer {tokenizer!r}, and {error}") from None
     model = build_from(path, lambda: cls(encoder, TiTok(sizes), CLIPBPE(original=True)))
     expected = config["text_config"].get("vocab_size")
     if model.vocab.size != expected: raise ValueError(f"{str(path)!r} has text_config.vocab_size {expected}, but text, [MASK] and the codes of {tokenizer!r} make {model.vocab.size}; is it another tokenizer?")

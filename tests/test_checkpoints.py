@@ -309,6 +309,13 @@ def test_the_image_tokenizer_is_found_by_folder_or_hub_id(checkpoint, hub):
     assert hub.asked == [("owner/tokenizer", ["config.json"])]  # its sizes, not its weights
 
 
+@pytest.mark.parametrize("error, kind", [(UnicodeDecodeError("utf-8", b"x", 0, 1, "no text"), ValueError), (PermissionError(13, "Permission denied"), OSError)])
+def test_an_image_tokenizer_that_cannot_be_read_is_named_whatever_the_error(error, kind, checkpoint, monkeypatch):
+    def fails(place): raise error
+    monkeypatch.setattr("fuselip_edu.fuselip.encoder_config", fails)
+    with pytest.raises(kind, match="config.json' names the image tokenizer .*, and .*"): FuseLIP.from_pretrained(checkpoint.folder)
+
+
 def test_quirks_come_with_the_checkpoint_and_stay(checkpoint, tmp_path):
     model = FuseLIP.from_pretrained(checkpoint.folder)
     assert model.config.original and model.vocab.original and model.item_tokenizer.text_tokenizer.encode("<end_of_text>") == [49407]
