@@ -127,6 +127,9 @@ def evaluate(
     batch_size:int=256
 ) -> dict: # {name: {"accuracy", "chance", "n", "ci95", "kinds"}}
     "Every task, embedding items that tasks share once."
+    if not tasks: raise ValueError("there is no task to evaluate; give {name: list of Query}")
+    for name, task in tasks.items():
+        if not task: raise ValueError(f"the task {name!r} has no query; leave it out, or give it one or more")
     queries = [query for task in tasks.values() for query in task]
     right, results, start = rank_queries(model, queries, batch_size), {}, 0
     for name, task in tasks.items():
@@ -295,6 +298,8 @@ def shapes_tasks(
     names=tuple(_TASKS) # which tasks
 ) -> dict: # {name: list of `Query`}
     "The paper's nine columns, hard false captions and unseen names, on scenes that training never shows."
+    unknown = [name for name in names if name not in _TASKS]
+    if unknown: raise ValueError(f"unknown task {unknown[0]!r}; the tasks are {', '.join(_TASKS)}")
     if n < 20: raise ValueError(f"{n} test scenes are too few to draw wrong candidates from; give at least 20")
     test = [shapes.scene_at(i, seed, "test") for i in range(n)]
     scenes = [(scene, shapes.render(scene, size)) for scene in test]
