@@ -1098,6 +1098,7 @@ d = { 'settings': { 'branch': 'main',
                                    'fuselip_edu.vocab.Vocab.mask': ('vocab.html#vocab.mask', 'fuselip_edu/vocab.py'),
                                    'fuselip_edu.vocab.Vocab.sequence': ('vocab.html#vocab.sequence', 'fuselip_edu/vocab.py'),
                                    'fuselip_edu.vocab.Vocab.size': ('vocab.html#vocab.size', 'fuselip_edu/vocab.py'),
+                                   'fuselip_edu.vocab.item_sequence': ('vocab.html#item_sequence', 'fuselip_edu/vocab.py'),
                                    'fuselip_edu.vocab.kind_of': ('vocab.html#kind_of', 'fuselip_edu/vocab.py'),
                                    'fuselip_edu.vocab.pad_sequences': ('vocab.html#pad_sequences', 'fuselip_edu/vocab.py'),
                                    'fuselip_edu.vocab.show_sequences': ('vocab.html#show_sequences', 'fuselip_edu/vocab.py')}}}

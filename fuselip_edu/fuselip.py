@@ -24,7 +24,7 @@ from .pairs import Item
 from .text import BPE, CLIPBPE, TEXT_TOKENIZERS
 from .titok import TiTok, TiTokConfig, build_from, encoder_config, fetch_folder, saved_config, weights_file
 from .transformer import Transformer, init_transformer, key_mask, pack
-from .vocab import ItemTokenizer, Vocab, pad_sequences
+from .vocab import ItemTokenizer, Vocab, item_sequence, pad_sequences
 
 # %% ../nbs/08_fuselip.ipynb #25a1a4a1
 @dataclass
@@ -206,8 +206,8 @@ class TokenizedItems:
         return dict(zip(("ids", "lengths"), pad_sequences(self.item_tokenizer(items))))
 
     def places(self, items) -> list: # list of `Item` -> their sequences with code 0 for every code, for models that look at the pictures themselves (chapters 19 and 20)
-        codes, encode = (0,) * self.image_tokenizer.config.n_latents, self.item_tokenizer.text_tokenizer.encode
-        return [self.vocab.sequence(codes if item.image is not None else (), encode(item.text) if item.text else ()) for item in items]
+        tokenizer, codes = self.item_tokenizer, (0,) * self.image_tokenizer.config.n_latents
+        return [item_sequence(item, codes if item.image is not None else (), tokenizer.text_tokenizer, self.vocab, tokenizer) for item in items]
 
 
 class FuseLIP(TokenizedItems, SequenceEncoder, ItemEncoder):
