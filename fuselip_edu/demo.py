@@ -65,7 +65,7 @@ def similarity_figure(
     import matplotlib.pyplot as plt
     similarity = model.encode_image([item.image for item in items]) @ model.encode_text(captions).T
     figure, axis = plt.subplots(figsize=(6.5, 3.4))
-    drawn = axis.imshow(similarity, cmap="viridis")
+    drawn = axis.imshow(similarity.numpy(), cmap="viridis")
     axis.set_yticks(range(len(captions)), captions, fontsize=6)
     axis.set(xlabel="caption", ylabel="image", xticks=range(len(captions)))
     axis.set_title("similarity of images (named by their caption) and captions", fontsize=8)

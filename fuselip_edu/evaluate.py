@@ -63,7 +63,7 @@ def draw_item(axis, item): # an `Item` on matplotlib axes: its image, with its t
         axis.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
         axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
     else:
-        axis.imshow(load_image(item.image).permute(1, 2, 0), interpolation="nearest")
+        axis.imshow(load_image(item.image).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_xlabel(text, fontsize=7)
 
 # %% ../nbs/17_evaluate.ipynb #88121365
