@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .core import atomic_path, provenance, show_images, write_json
-from .evaluate import evaluate, results_table, score_queries, shapes_tasks, show_rankings
+from .evaluate import check_scenes, evaluate, results_table, score_queries, shapes_tasks, show_rankings
 from .fuselip import FuseLIP
 from .pairs import Item
 from .shapes import captions, render, scene_at
@@ -145,6 +145,7 @@ def demo(
     n:int=300 # test scenes of the evaluation
 ) -> dict: # what results.json holds
     "Train, evaluate on held-out scenes and write the report; an interrupted demo is continued, a finished one is shown again."
+    check_scenes(n)
     run, started = Path(run), time.monotonic() - seconds_trained(run)  # of earlier attempts
     finished = run / "results.json"
     there = (run / "config.json").exists()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'PAPER_COLUMN', 'COLUMNS', 'PUBLISHED', 'as_prompts', 'embedder', 'score_queries', 'rank_queries',
            'draw_item', 'show_rankings', 'wilson', 'summarise', 'evaluate', 'ranks_of_right', 'recall_at',
-           'shapes_tasks', 'results_table', 'published_row']
+           'check_scenes', 'shapes_tasks', 'results_table', 'published_row']
 
 # %% ../nbs/17_evaluate.ipynb #f0fba0ea
 import functools, math, random, re
@@ -291,6 +291,10 @@ _TASKS = {"classification": _classification, "vqa": _vqa, "retrieval": _retrieva
           "unseen": _unseen}
 
 # %% ../nbs/17_evaluate.ipynb #f001775a
+def check_scenes(n): # before any work
+    if n < 20: raise ValueError(f"{n} test scenes are too few to draw wrong candidates from; give at least 20")
+
+
 def shapes_tasks(
     n:int=300, # test scenes
     seed:int=0,
@@ -300,7 +304,7 @@ def shapes_tasks(
     "The paper's nine columns, hard false captions and unseen names, on scenes that training never shows."
     unknown = [name for name in names if name not in _TASKS]
     if unknown: raise ValueError(f"unknown task {unknown[0]!r}; the tasks are {', '.join(_TASKS)}")
-    if n < 20: raise ValueError(f"{n} test scenes are too few to draw wrong candidates from; give at least 20")
+    check_scenes(n)
     test = [shapes.scene_at(i, seed, "test") for i in range(n)]
     scenes = [(scene, shapes.render(scene, size)) for scene in test]
     return {name: _TASKS[name](scenes, random.Random(f"{seed}/{name}"), size) for name in names}
