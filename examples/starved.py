@@ -102,7 +102,7 @@ def main(words=None):
     out = Path(asked.out).resolve()
     place = out / f"tokenizer-{asked.tokenizer_steps}"
     if not (place / "config.json").exists():
-        learned = starve(TiTok.from_pretrained(TINY_TOKENIZER), CODES, pictures(scene_at(index, 7) for index in range(6000)), TokenizerTrainConfig(steps=asked.tokenizer_steps, lr=5e-4, device="cpu"))
+        learned = starve(TiTok.from_pretrained(TINY_TOKENIZER), CODES, pictures(scene_at(index, 7) for index in range(6000)), TokenizerTrainConfig(steps=asked.tokenizer_steps, free_steps=0, lr=5e-4, device="cpu"))
         learned.save_pretrained(place)
     starved, shown = TiTok.from_pretrained(place), pictures(scene_at(index, 0, "test") for index in range(ASKED))
 

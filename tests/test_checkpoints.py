@@ -411,6 +411,7 @@ def test_a_missing_size_is_not_filled_in(ours, tmp_path, part, field):  # the we
 @pytest.mark.parametrize("changes, message", [
     ({"encoder": {"heads": 5}}, "sizes that do not go together .*not divisible by 5 heads"), ({"encoder": {"layers": "two"}}, "sizes that do not go together"),
     ({"encoder": {"context": 4}}, "sizes that do not go together .*context of 4"), ({"image_tokenizer": {"heads": 0}}, "sizes that do not go together"),
+    ({"image_tokenizer": {"patch_size": 7}}, "sizes that do not go together .*patches of 7 pixels"), ({"image_tokenizer": {"image_size": "16"}}, "sizes that do not go together"),
     ({"encoder": {"widht": 3}}, "encoder.widht is not known"), ({"text_tokenizer": "word"}, "text_tokenizer 'word', but only bpe and clip are known"),
     ({"model": "late_fusion"}, "does not describe a FuseLIP model but 'late_fusion'")])
 def test_a_configuration_that_cannot_be_is_named(ours, tmp_path, changes, message):
