@@ -12,11 +12,9 @@ and, with as many pairs once more, models that begin with the encoder of `fuseli
 They are asked the nine tasks, and models like the first four are trained to write captions. Of every tokenizer: the error of the pictures that it rebuilds, and the codes that it uses.
 """
 import argparse
-import concurrent.futures
 import copy
 import functools
 import json
-import multiprocessing
 from pathlib import Path
 
 import torch
@@ -27,7 +25,7 @@ from fuselip_edu.core import provenance, seed_everything, write_json
 from fuselip_edu.ett import ALL_PRESETS, ETT, CaptionHead, ETTConfig, picture_vectors, starve, tokenizer_report
 from fuselip_edu.evaluate import shapes_tasks
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
-from fuselip_edu.reproduce import changed, claims_table, reproduction_table, run_trials, summarise_trials
+from fuselip_edu.reproduce import changed, claims_table, reproduction_table, run_trials, side_by_side, summarise_trials
 from fuselip_edu.shapes import listed, render, scene_at
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok, TokenizerTrainConfig
@@ -104,7 +102,7 @@ def main(words=None):
     out = Path(asked.out).resolve()
     place = out / f"tokenizer-{asked.tokenizer_steps}"
     if not (place / "config.json").exists():
-        learned = starve(TiTok.from_pretrained(TINY_TOKENIZER), CODES, pictures(scene_at(index, 7) for index in range(6000)), TokenizerTrainConfig(steps=asked.tokenizer_steps, lr=5e-4, device="cpu"))
+        learned = starve(TiTok.from_pretrained(TINY_TOKENIZER), CODES, pictures(scene_at(index, 7) for index in range(6000)), TokenizerTrainConfig(steps=asked.tokenizer_steps, free_steps=0, lr=5e-4, device="cpu"))
         learned.save_pretrained(place)
     starved, shown = TiTok.from_pretrained(place), pictures(scene_at(index, 0, "test") for index in range(ASKED))
 
@@ -119,9 +117,8 @@ def main(words=None):
     groups = [summarise_trials({kind: trial for kind, trial in done.items() if kind.startswith("on-") == after}, tasks, base) for after, base in ((False, "fuselip"), (True, "on-fuselip"))]
     found = {"models": groups[0]["models"] | groups[1]["models"], "claims": groups[0]["claims"] + groups[1]["claims"]}
     captions = {kind: out / "captions" / f"{kind}-{asked.caption_steps}.json" for kind in PRESET}
-    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        running = {kind: pool.submit(write_captions, kind, starved, asked.caption_steps) for kind, path in captions.items() if not path.exists()}
-        for kind, future in running.items(): write_json(captions[kind], future.result())
+    calls = {kind: functools.partial(write_captions, kind, starved, asked.caption_steps) for kind, path in captions.items() if not path.exists()}
+    side_by_side(calls, 2, lambda kind, found: write_json(captions[kind], found))
     for kind, row in found["models"].items():
         row["tokenizer"] = tokenizer_report(load_model(out / "run" / kind).image_tokenizer, shown)
         if kind in captions: row["captions"] = json.loads(captions[kind].read_text(encoding="utf-8"))

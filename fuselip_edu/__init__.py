@@ -1,4 +1,4 @@
-"FuseLIP built step by step; every public name of the chapters is importable from here, and loaded when it is first used."
+"FuseLIP built step by step; the names used most are importable from here, and loaded at first use; the others are in the modules of their chapters."
 __version__ = "0.1.0"
 
 _HOMES = {

@@ -9,7 +9,7 @@ __all__ = ['BASELINES', 'BASELINE_PRESETS', 'score_fusion', 'AttentionPooler', '
            'PixelPairs', 'ImageStore', 'pixel_pairs', 'BaselineConfig', 'build_baseline', 'load_model']
 
 # %% ../nbs/18_baselines.ipynb #abb483b6
-import dataclasses, hashlib, json, math, os, warnings
+import dataclasses, hashlib, json, math, os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from .text import BPE, CLIPBPE
 from .titok import build_from, fetch_folder, saved_config, weights_file
 from .train import PRESETS, TrainConfig, open_pairs, paper_training, text_tokenizer_for
 from .transformer import key_mask
-from .vocab import Vocab, pad_sequences
+from .vocab import Vocab, item_sequence, pad_sequences
 
 # %% ../nbs/18_baselines.ipynb #6dd68ede
 def score_fusion(
@@ -207,10 +207,7 @@ def text_sequences(
     vocab:Vocab # without image codes
 ) -> list: # of lists of ids
     "The text of each item between `<sot>` and `<eot>`, with nothing there where it has none."
-    texts = [text_tokenizer.encode(item.text) if item.text else [] for item in items]
-    if any(len(ids) + 2 > vocab.context for ids in texts):
-        warnings.warn(f"a text does not fit the context of {vocab.context} tokens and was cut; further cuts are not reported")
-    return [vocab.sequence((), ids) for ids in texts]
+    return [item_sequence(item, (), text_tokenizer, vocab, text_tokenizer) for item in items]
 
 # %% ../nbs/18_baselines.ipynb #5d7bc19a
 def in_parts(values, size): return progress([values[i:i + size] for i in range(0, len(values), size)], "embedding")

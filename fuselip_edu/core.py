@@ -9,7 +9,7 @@ __all__ = ['seed_everything', 'pick_device', 'sent', 'open_file', 'split_member'
            'provenance']
 
 # %% ../nbs/00_core.ipynb #0dd7d01a
-import contextlib, functools, importlib.util, io, json, os, random, sys, time, uuid, zipfile
+import contextlib, functools, importlib.util, io, json, os, random, shutil, sys, time, uuid, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +174,7 @@ def show_images(
 def atomic_path(
     path:str|Path # where the finished file belongs
 ):
-    "Yield a temporary path beside `path`; rename it to `path` on success, remove it on any error."
+    "Yield a temporary path beside `path`, for a file or a folder; rename it to `path` on success, remove it on any error."
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")  # processes of several machines may share a folder
     try:
@@ -182,9 +182,11 @@ def atomic_path(
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"could not write {str(path)!r}: {error.strerror or error}; nothing was changed there") from error
+        raise OSError(*filter(None, [error.errno]), f"could not write {str(path)!r}: {error.strerror or error}; nothing was changed there") from error
     finally:
-        with contextlib.suppress(OSError): temporary.unlink()
+        if temporary.is_dir(): shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError): temporary.unlink()
 
 # %% ../nbs/00_core.ipynb #113f5b33
 def write_json(
@@ -218,7 +220,7 @@ def save_tensors(
     from safetensors.torch import save_file
     with atomic_path(path) as temporary:
         try: save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        except SafetensorError as error: raise OSError(None, str(error)) from None
+        except SafetensorError as error: raise OSError(str(error)) from None
         temporary.chmod(0o644)  # the library makes files that only their owner can read
 
 

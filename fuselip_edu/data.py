@@ -8,7 +8,7 @@ __all__ = ['SETS', 'GOOGLE', 'PAPERS_PAGE', 'PROMPT', 'Part', 'DataSet', 'data_s
            'vqa_prompt', 'parse_vqa', 'language_model', 'make_vqa']
 
 # %% ../nbs/27_data.ipynb #bf51afe7
-import csv, fnmatch, hashlib, json, os, re, shutil, sys, zipfile
+import csv, fnmatch, hashlib, json, os, re, shutil, sys, zipfile, zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -334,8 +334,8 @@ def unpack(
             for member in progress(opened.infolist(), f"unpacking {Path(archive).name}"):
                 target = Path(folder, member.filename)
                 if not (target.is_file() and target.stat().st_size == member.file_size): opened.extract(member, folder)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{str(archive)!r} is not a whole ZIP archive ({error}); remove it and get it again") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{str(archive)!r} is not a whole ZIP archive ({str(error) or 'it ends too early'}); remove it and get it again") from None
 
 # %% ../nbs/27_data.ipynb #716540b4
 def _reach(row, call, *args, **kwargs): # a call to the hub; whatever its client raises becomes one clear error
@@ -426,8 +426,9 @@ def language_model(
         network = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
                                                        use_safetensors=True, trust_remote_code=False).to(device).eval()
     except (OSError, ValueError) as error:
-        raise type(error)(f"no language model can be loaded from {name!r} ({str(error).strip().splitlines()[0]}); "
-                          f"give a hub id, or a folder with config.json, tokenizer and safetensors") from None
+        kind = OSError if isinstance(error, OSError) else ValueError  # some kinds of them want other arguments
+        raise kind(f"no language model can be loaded from {name!r} ({str(error).strip().splitlines()[0]}); "
+                   f"give a hub id, or a folder with config.json, tokenizer and safetensors") from None
     if not tokenizer.chat_template: raise ValueError(f"{name!r} has no chat template; give an instruction-tuned model")
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
 

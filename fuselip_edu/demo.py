@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .core import atomic_path, provenance, show_images, write_json
-from .evaluate import evaluate, results_table, score_queries, shapes_tasks, show_rankings
+from .evaluate import check_scenes, evaluate, results_table, score_queries, shapes_tasks, show_rankings
 from .fuselip import FuseLIP
 from .pairs import Item
 from .shapes import captions, render, scene_at
@@ -65,7 +65,7 @@ def similarity_figure(
     import matplotlib.pyplot as plt
     similarity = model.encode_image([item.image for item in items]) @ model.encode_text(captions).T
     figure, axis = plt.subplots(figsize=(6.5, 3.4))
-    drawn = axis.imshow(similarity, cmap="viridis")
+    drawn = axis.imshow(similarity.numpy(), cmap="viridis")
     axis.set_yticks(range(len(captions)), captions, fontsize=6)
     axis.set(xlabel="caption", ylabel="image", xticks=range(len(captions)))
     axis.set_title("similarity of images (named by their caption) and captions", fontsize=8)
@@ -145,6 +145,7 @@ def demo(
     n:int=300 # test scenes of the evaluation
 ) -> dict: # what results.json holds
     "Train, evaluate on held-out scenes and write the report; an interrupted demo is continued, a finished one is shown again."
+    check_scenes(n)
     run, started = Path(run), time.monotonic() - seconds_trained(run)  # of earlier attempts
     finished = run / "results.json"
     there = (run / "config.json").exists()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'PAPER_COLUMN', 'COLUMNS', 'PUBLISHED', 'as_prompts', 'embedder', 'score_queries', 'rank_queries',
            'draw_item', 'show_rankings', 'wilson', 'summarise', 'evaluate', 'ranks_of_right', 'recall_at',
-           'shapes_tasks', 'results_table', 'published_row']
+           'check_scenes', 'shapes_tasks', 'results_table', 'published_row']
 
 # %% ../nbs/17_evaluate.ipynb #f0fba0ea
 import functools, math, random, re
@@ -63,7 +63,7 @@ def draw_item(axis, item): # an `Item` on matplotlib axes: its image, with its t
         axis.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
         axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
     else:
-        axis.imshow(load_image(item.image).permute(1, 2, 0), interpolation="nearest")
+        axis.imshow(load_image(item.image).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_xlabel(text, fontsize=7)
 
 # %% ../nbs/17_evaluate.ipynb #88121365
@@ -127,6 +127,9 @@ def evaluate(
     batch_size:int=256
 ) -> dict: # {name: {"accuracy", "chance", "n", "ci95", "kinds"}}
     "Every task, embedding items that tasks share once."
+    if not tasks: raise ValueError("there is no task to evaluate; give {name: list of Query}")
+    for name, task in tasks.items():
+        if not task: raise ValueError(f"the task {name!r} has no query; leave it out, or give it one or more")
     queries = [query for task in tasks.values() for query in task]
     right, results, start = rank_queries(model, queries, batch_size), {}, 0
     for name, task in tasks.items():
@@ -288,6 +291,10 @@ _TASKS = {"classification": _classification, "vqa": _vqa, "retrieval": _retrieva
           "unseen": _unseen}
 
 # %% ../nbs/17_evaluate.ipynb #f001775a
+def check_scenes(n): # before any work
+    if n < 20: raise ValueError(f"{n} test scenes are too few to draw wrong candidates from; give at least 20")
+
+
 def shapes_tasks(
     n:int=300, # test scenes
     seed:int=0,
@@ -295,7 +302,9 @@ def shapes_tasks(
     names=tuple(_TASKS) # which tasks
 ) -> dict: # {name: list of `Query`}
     "The paper's nine columns, hard false captions and unseen names, on scenes that training never shows."
-    if n < 20: raise ValueError(f"{n} test scenes are too few to draw wrong candidates from; give at least 20")
+    unknown = [name for name in names if name not in _TASKS]
+    if unknown: raise ValueError(f"unknown task {unknown[0]!r}; the tasks are {', '.join(_TASKS)}")
+    check_scenes(n)
     test = [shapes.scene_at(i, seed, "test") for i in range(n)]
     scenes = [(scene, shapes.render(scene, size)) for scene in test]
     return {name: _TASKS[name](scenes, random.Random(f"{seed}/{name}"), size) for name in names}

@@ -24,7 +24,7 @@ from .pairs import Item
 from .text import BPE, CLIPBPE, TEXT_TOKENIZERS
 from .titok import TiTok, TiTokConfig, build_from, encoder_config, fetch_folder, saved_config, weights_file
 from .transformer import Transformer, init_transformer, key_mask, pack
-from .vocab import ItemTokenizer, Vocab, pad_sequences
+from .vocab import ItemTokenizer, Vocab, item_sequence, pad_sequences
 
 # %% ../nbs/08_fuselip.ipynb #25a1a4a1
 @dataclass
@@ -206,8 +206,8 @@ class TokenizedItems:
         return dict(zip(("ids", "lengths"), pad_sequences(self.item_tokenizer(items))))
 
     def places(self, items) -> list: # list of `Item` -> their sequences with code 0 for every code, for models that look at the pictures themselves (chapters 19 and 20)
-        codes, encode = (0,) * self.image_tokenizer.config.n_latents, self.item_tokenizer.text_tokenizer.encode
-        return [self.vocab.sequence(codes if item.image is not None else (), encode(item.text) if item.text else ()) for item in items]
+        tokenizer, codes = self.item_tokenizer, (0,) * self.image_tokenizer.config.n_latents
+        return [item_sequence(item, codes if item.image is not None else (), tokenizer.text_tokenizer, self.vocab, tokenizer) for item in items]
 
 
 class FuseLIP(TokenizedItems, SequenceEncoder, ItemEncoder):
@@ -387,7 +387,9 @@ def load_original(cls, # `FuseLIP`
     encoder, tokenizer = original_config(config, path), config.get("image_tokenizer")
     if not isinstance(tokenizer, str): raise ValueError(f"{str(path)!r} has image_tokenizer {tokenizer!r}, but a hub id or a folder is needed")
     try: sizes = encoder_config(folder / tokenizer if (folder / tokenizer).is_dir() else tokenizer)
-    except (OSError, ValueError) as error: raise type(error)(f"{str(path)!r} names the image tokenizer {tokenizer!r}, and {error}") from None
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError  # some kinds of them want other arguments
+        raise kind(f"{str(path)!r} names the image tokenizer {tokenizer!r}, and {error}") from None
     model = build_from(path, lambda: cls(encoder, TiTok(sizes), CLIPBPE(original=True)))
     expected = config["text_config"].get("vocab_size")
     if model.vocab.size != expected: raise ValueError(f"{str(path)!r} has text_config.vocab_size {expected}, but text, [MASK] and the codes of {tokenizer!r} make {model.vocab.size}; is it another tokenizer?")

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from .core import load_image, progress, read_image, save_tensors, write_json
+from .core import load_image, progress, read_image, save_tensors, split_member, write_json
 from .evaluate import COLUMNS, published_row, ranks_of_right, recall_at, summarise, wilson
 from .pairs import Item, Pair, Query
 from .sources import ShardSource, inside, mmeb_text, read_json, read_rows
@@ -95,7 +95,7 @@ def file_state(
     path:str|Path # a file, or `archive.zip#member`, which changes with its archive
 ) -> tuple:
     "Where a file is, its size, and when it changed."
-    state = os.stat(path if os.path.exists(path) else str(path).partition("#")[0])
+    state = os.stat(split_member(path)[0])
     return os.path.abspath(path), state.st_size, state.st_mtime_ns
 
 # %% ../nbs/26_paper.ipynb #0cde178b

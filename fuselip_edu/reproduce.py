@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'PROBES', 'TITLES', 'CODEBOOKS', 'ABLATIONS', 'STUDENT', 'Comparison', 'run_folder', 'trial_config',
-           'flops_per_pair', 'Curve', 'fingerprint', 'run_trial', 'run_trials', 'paired_difference', 'summarise_trials',
-           'csv_tasks', 'train_shared_tokenizer', 'told_apart', 'reproduce', 'reproduction_table', 'tasks_figure',
-           'claims_table', 'curves_figure', 'kinds_figure', 'only', 'changed', 'summarise_ablations', 'ablate',
-           'luck_range', 'sure_differences', 'ablation_table', 'modality_mask', 'BlockedFusion', 'image_attention',
-           'fusion', 'rivals_table', 'modality_space']
+           'flops_per_pair', 'Curve', 'fingerprint', 'run_trial', 'side_by_side', 'run_trials', 'paired_difference',
+           'summarise_trials', 'csv_tasks', 'train_shared_tokenizer', 'told_apart', 'reproduce', 'reproduction_table',
+           'tasks_figure', 'claims_table', 'curves_figure', 'kinds_figure', 'only', 'changed', 'summarise_ablations',
+           'ablate', 'luck_range', 'sure_differences', 'ablation_table', 'modality_mask', 'BlockedFusion',
+           'image_attention', 'fusion', 'rivals_table', 'modality_space']
 
 # %% ../nbs/21_reproduce.ipynb #8fb642e3
 import concurrent.futures, contextlib, copy, dataclasses, functools, hashlib, json, math, multiprocessing, os, random, re, statistics, sys, time
@@ -183,17 +183,39 @@ def _quiet_trial(config, folder, ask, probe, prepare): # in a process of its own
 
 def _last_step(folder): # of an unfinished trial
     path = Path(folder) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last line may be half written
+    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def _say(line, started): print(f"{time.monotonic() - started:5.0f} s   {line}", file=sys.stderr, flush=True)
 
 
-def _pool(processes): # each process with one thread; 0 processes: one a core, or 1 with a GPU
+def _at_once(): # trials: one a core, or 1 with a GPU
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = processes or (1 if torch.cuda.is_available() else cores)
-    return concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread)
+    return 1 if torch.cuda.is_available() else cores
+
+# %% ../nbs/21_reproduce.ipynb #c5d2a97f
+def side_by_side(
+    calls:dict, # {name: what is called, without arguments, in another process}
+    processes:int, # at once
+    done, # called as done(name, result) when one has ended
+    idle=lambda names: None, # called with the names of those that run, after half a minute in which none has ended
+    start=None # called first in every process
+):
+    "Call each in turn; after an error, or Ctrl-C, none is begun any more, and those that run come to their end."
+    waiting, running = list(calls), {}
+    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start)
+    try:
+        while waiting or running:
+            begun, waiting = waiting[:processes - len(running)], waiting[processes - len(running):]  # a pool that is given more fetches them ahead
+            running |= {pool.submit(calls[name]): name for name in begun}
+            ended, _ = concurrent.futures.wait(running, 30, concurrent.futures.FIRST_COMPLETED)
+            for future in ended: done(running.pop(future), future.result())
+            if not ended: idle([*running.values()])
+    except BaseException as error:
+        if running: print(f"stopped by {type(error).__name__}; waiting for {', '.join(running.values())} to end", file=sys.stderr, flush=True)
+        raise
+    finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/21_reproduce.ipynb #f1354b39
 _SLOWEST_FIRST = ("ett", "vectors", "fuselip", "filip", "sf", "mlf")
@@ -213,18 +235,18 @@ def run_trials(
 ) -> dict: # {name: result of `run_trial`}
     "Run trials side by side; each uses one thread, so its numbers do not depend on how many run."
     results, prepare, started = {}, prepare or {}, time.monotonic()
-    with _pool(processes) as pool:
-        running = {pool.submit(_quiet_trial, trials[name][0], str(trials[name][1]), ask, probe, prepare.get(name)): name for name in sorted(trials, key=lambda name: _turn(name, prepare))}
-        waiting = set(running)
-        while waiting:
-            done, waiting = concurrent.futures.wait(waiting, 30, concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                results[running[future]] = future.result()
-                _say(f"{running[future]}: done, {len(results)} of {len(trials)}", started)
-                if watch: watch(results)
-            if not done:
-                steps = {name: _last_step(trials[name][1]) for name in map(running.get, waiting)}
-                _say("; ".join(f"{name} at step {step}" for name, step in steps.items() if step) or "preparing", started)
+    calls = {name: functools.partial(_quiet_trial, trials[name][0], str(trials[name][1]), ask, probe, prepare.get(name)) for name in sorted(trials, key=lambda name: _turn(name, prepare))}
+
+    def done(name, result):
+        results[name] = result
+        _say(f"{name}: done, {len(results)} of {len(trials)}", started)
+        if watch: watch(results)
+
+    def idle(names):
+        steps = {name: _last_step(trials[name][1]) for name in names}
+        _say("; ".join(f"{name} at step {step}" for name, step in steps.items() if step) or "preparing", started)
+
+    side_by_side(calls, processes or _at_once(), done, idle, _one_thread)
     return {name: results[name] for name in trials}
 
 # %% ../nbs/21_reproduce.ipynb #f99a574b
@@ -259,7 +281,7 @@ def _kind_weights(queries): # -> (n,), summing to 1, every kind the same
 def _clusters(queries): # -> (n,): queries about one thing belong together, or else those about one picture
     def key(at, query):
         if query.about is not None: return query.about
-        return ("text", at) if query.item.image is None else load_image(query.item.image).numpy().tobytes()
+        return ("text", at) if query.item.image is None else hashlib.sha256(load_image(query.item.image).numpy()).digest()
     known = {}
     return torch.tensor([known.setdefault(key(at, query), len(known)) for at, query in enumerate(queries)])
 
@@ -282,8 +304,9 @@ def summarise_trials(
                           "chance": summary["chance"], "n": summary["n"]} | ({"kinds": kinds} if kinds else {})
         means = {key: sum(trial[key] for trial in trials) / len(trials) for key in ("parameters", "flops_per_pair", "seconds", "pairs")}
         models[model] = means | {"tasks": rows, "curves": [trial["curve"] for trial in trials], "answers": {task: [trial["answers"][task] for trial in trials] for task in tasks}}
-    claims = [{"task": task, "rival": rival} | paired_difference(right[ours][task], right[rival][task], weights[task], _clusters(queries))
-              for task, queries in tasks.items() for rival in found if ours in found and rival != ours]
+    rivals = [model for model in found if model != ours] if ours in found else []
+    claims = [{"task": task, "rival": rival} | paired_difference(right[ours][task], right[rival][task], weights[task], cluster)
+              for task, queries in tasks.items() if rivals for cluster in [_clusters(queries)] for rival in rivals]
     return {"models": models, "claims": claims}
 
 # %% ../nbs/21_reproduce.ipynb #65287cc7

@@ -47,6 +47,9 @@ class TiTokConfig:
     has_decoder: bool = True  # False: encoder and codebook only, as in FuseLIP's checkpoints
     pixel_channels: int = 0  # of the pixel decoder that paints those codes; 0: there is none
 
+    def __post_init__(self):
+        if self.patch_size < 1 or self.image_size % self.patch_size: raise ValueError(f"patches of {self.patch_size} pixels do not divide an image of {self.image_size}; give a patch_size that does")
+
     @property
     def grid(self): return self.image_size // self.patch_size
 
@@ -231,7 +234,7 @@ def saved_config(
     wrong += [f"{inside}{name} is missing" for name in names if name not in saved and name not in LATER_FIELDS]
     if len(wrong) > 3: wrong[3:] = [f"and {len(wrong) - 3} more"]
     if wrong: raise ValueError(f"{str(path)!r} does not fit this version ({'; '.join(wrong)}); save or copy it again")
-    return kind(**saved)
+    return build_from(path, lambda: kind(**saved))
 
 # %% ../nbs/05_titok.ipynb #7c1b0766
 def build_from(
@@ -302,6 +305,7 @@ class TokenizerTrainConfig:
             if getattr(self, name) < 1: raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("free_steps", "lr", "warmup_steps", "outlines", "commitment"):
             if getattr(self, name) < 0: raise ValueError(f"train.{name} must not be negative, and is {getattr(self, name)}")
+        if self.free_steps >= self.steps: raise ValueError(f"train.free_steps {self.free_steps} leaves none of train.steps {self.steps} for the codebook, which is drawn after them; give fewer, as in --train.free-steps {self.steps // 4}, or more --train.steps")
 
 # %% ../nbs/05_titok.ipynb #a3700f27
 def permute_colours(
@@ -471,8 +475,8 @@ def published_config(
         if vq[name] not in [*MODEL_SIZES]: refuse(name, vq[name], " or ".join(map(repr, MODEL_SIZES)))
     legacy = optional.get("is_legacy", True)  # older files do not have the field
     painter = PIXEL_CHANNELS if legacy and optional.get("finetune_decoder", True) else 0
-    return TiTokConfig(field("dataset", "preprocessing", "crop_size"), vq["vit_enc_patch_size"], vq["num_latent_tokens"], vq["codebook_size"], vq["token_size"],
-                       vq["use_l2_norm"], *MODEL_SIZES[vq["vit_enc_model_size"]], *MODEL_SIZES[vq["vit_dec_model_size"]], legacy=legacy, pixel_channels=painter)
+    sizes = field("dataset", "preprocessing", "crop_size"), vq["vit_enc_patch_size"], vq["num_latent_tokens"], vq["codebook_size"], vq["token_size"], vq["use_l2_norm"]
+    return build_from(path, lambda: TiTokConfig(*sizes, *MODEL_SIZES[vq["vit_enc_model_size"]], *MODEL_SIZES[vq["vit_dec_model_size"]], legacy=legacy, pixel_channels=painter))
 
 # %% ../nbs/05_titok.ipynb #be1a3276
 PIXEL_CODES, PIXEL_CODE_DIM, PIXEL_CHANNELS = 1024, 256, 128  # of the pixel decoder in legacy checkpoints

@@ -309,6 +309,13 @@ def test_the_image_tokenizer_is_found_by_folder_or_hub_id(checkpoint, hub):
     assert hub.asked == [("owner/tokenizer", ["config.json"])]  # its sizes, not its weights
 
 
+@pytest.mark.parametrize("error, kind", [(UnicodeDecodeError("utf-8", b"x", 0, 1, "no text"), ValueError), (PermissionError(13, "Permission denied"), OSError)])
+def test_an_image_tokenizer_that_cannot_be_read_is_named_whatever_the_error(error, kind, checkpoint, monkeypatch):
+    def fails(place): raise error
+    monkeypatch.setattr("fuselip_edu.fuselip.encoder_config", fails)
+    with pytest.raises(kind, match="config.json' names the image tokenizer .*, and .*"): FuseLIP.from_pretrained(checkpoint.folder)
+
+
 def test_quirks_come_with_the_checkpoint_and_stay(checkpoint, tmp_path):
     model = FuseLIP.from_pretrained(checkpoint.folder)
     assert model.config.original and model.vocab.original and model.item_tokenizer.text_tokenizer.encode("<end_of_text>") == [49407]
@@ -404,6 +411,7 @@ def test_a_missing_size_is_not_filled_in(ours, tmp_path, part, field):  # the we
 @pytest.mark.parametrize("changes, message", [
     ({"encoder": {"heads": 5}}, "sizes that do not go together .*not divisible by 5 heads"), ({"encoder": {"layers": "two"}}, "sizes that do not go together"),
     ({"encoder": {"context": 4}}, "sizes that do not go together .*context of 4"), ({"image_tokenizer": {"heads": 0}}, "sizes that do not go together"),
+    ({"image_tokenizer": {"patch_size": 7}}, "sizes that do not go together .*patches of 7 pixels"), ({"image_tokenizer": {"image_size": "16"}}, "sizes that do not go together"),
     ({"encoder": {"widht": 3}}, "encoder.widht is not known"), ({"text_tokenizer": "word"}, "text_tokenizer 'word', but only bpe and clip are known"),
     ({"model": "late_fusion"}, "does not describe a FuseLIP model but 'late_fusion'")])
 def test_a_configuration_that_cannot_be_is_named(ours, tmp_path, changes, message):

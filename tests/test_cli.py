@@ -116,6 +116,7 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
     (["evaluate", "--model", "no/such/folder"], "no/such/folder"),
     (["train", "--tokenizer", "no/such/folder", "--run", "runs/never"], "no/such/folder"),
     (["train-tokenizer", "--preset", "huge"], "unknown preset 'huge'; the presets are tiny, small"),
+    (["train-tokenizer", "--train.steps", "100", "--run", "runs/never"], "as in --train.free-steps 25"),
     (["train", "--init", "no/such/folder", "--run", "runs/never"], "no/such/folder"),
     (["train", "--preset", "tiny-sf", "--tokenizer", "tiny"], "--tokenizer"),
     (["evaluate", "--suite", "other", "--model", "x"], "unknown suite 'other'; the one suite is paper"),

@@ -162,6 +162,23 @@ def test_writing_below_a_file_names_the_place(tmp_path):
     with pytest.raises(OSError, match="could not write .*inner.json"): core.write_json(tmp_path / "file" / "inner.json", 1)
 
 
+def test_an_error_without_a_number_has_none_in_its_message(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(tensors, path): raise SafetensorError("Error while serializing: No space left on device")
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="^could not write .*w.safetensors': Error while serializing: No space left on device; nothing was changed there$"): core.save_tensors({"w": torch.ones(2)}, tmp_path / "w.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_in_the_middle_of_a_folder_removes_the_folder(tmp_path):
+    with pytest.raises(RuntimeError), core.atomic_path(tmp_path / "folder") as temporary:
+        (temporary / "inner").mkdir(parents=True)
+        (temporary / "inner" / "file").write_text("ne")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")

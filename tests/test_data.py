@@ -315,6 +315,25 @@ def test_get_unpacks_archives_and_again_after_a_break(hub, tmp_path):
     with pytest.raises(ValueError, match=f"{names[0]}.zip' is not a whole ZIP archive"): get("mmeb-train", tmp_path / "here")
 
 
+def packed(path, name, content=b"red, green, blue; " * 200):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive: archive.writestr(name, content)
+    return path
+
+
+def test_a_damaged_byte_inside_an_archive_names_the_archive(tmp_path):
+    path = packed(tmp_path / "a.zip", "colours.txt")
+    whole = bytearray(path.read_bytes())
+    whole[30 + len("colours.txt")] ^= 0xFF  # the first byte of what is compressed
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="a.zip' is not a whole ZIP archive .*remove it and get it again"): data.unpack(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../colours.txt", "../../colours.txt", "/colours.txt"])
+def test_a_member_of_an_archive_lands_inside_its_folder(name, tmp_path):
+    data.unpack(packed(tmp_path / "a.zip", name), tmp_path / "deep" / "out")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "a.zip", tmp_path / "deep" / "out" / "colours.txt"]
+
+
 def test_get_looks_at_the_disk_the_connection_and_the_licence(hub, tmp_path, monkeypatch):
     hub.files = {"data/train-00000-of-00001.parquet": b"x" * 5000}
     monkeypatch.setattr(data, "free_space", lambda folder: 4000)
@@ -480,5 +499,7 @@ def test_models_that_cannot_be_used(tiny_model, tmp_path, monkeypatch):
         if file.name != "chat_template.jinja": (tmp_path / file.name).write_bytes(file.read_bytes())
     plain.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no chat template"): language_model(str(tmp_path), "cpu")
+    (tmp_path / "tokenizer_config.json").write_text("{")  # its error wants other arguments than a message
+    with pytest.raises(ValueError, match="no language model can be loaded from .*; give a hub id, or a folder"): language_model(str(tmp_path), "cpu")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ModuleNotFoundError, match=r"fuselip_edu\[vqa\]"): language_model(str(tiny_model), "cpu")

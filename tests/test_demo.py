@@ -54,6 +54,20 @@ def test_a_finished_demo_is_shown_again(finished, capsys):
     assert "has run before" in capsys.readouterr().err
 
 
+def test_too_few_queries_are_refused_before_a_scene_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "build", lambda config: pytest.fail("the scenes were read"))
+    with pytest.raises(ValueError, match="19 test scenes are too few .*give at least 20"): demo.demo(small(), tmp_path / "run", n=19)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_caption_in_the_report_is_text_and_nothing_else(finished, tmp_path):
+    script, results = "<script>alert(1)</script>", finished[1]
+    (tmp_path / "a.png").write_bytes(b"x")
+    demo.write_report(tmp_path, results | {"model": script}, [(tmp_path / "a.png", script)], {"data": script})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 5  # title, heading, alt, caption and configuration
+
+
 def test_the_report_is_one_file(finished):
     page = (finished[0] / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 4

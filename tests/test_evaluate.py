@@ -154,6 +154,12 @@ def test_prompts_count_as_the_direction_of_their_mean_and_a_tie_is_a_mistake():
     assert [round(float(score), 4) for score in e.score_queries(model, queries)[0]] == [1.0, round(math.sqrt(0.5), 4)]
 
 
+def test_tasks_that_are_unknown_or_empty_are_named():
+    with pytest.raises(ValueError, match="unknown task 'colour'; the tasks are classification, vqa, .*unseen"): e.shapes_tasks(20, names=("vqa", "colour"))
+    with pytest.raises(ValueError, match="there is no task to evaluate; give"): e.evaluate(Told(), {})
+    with pytest.raises(ValueError, match="the task 'b' has no query; leave it out"): e.evaluate(Told(), {"a": [Query(Item(text="x"), (Item(text="y"), Item(text="z")))], "b": []})
+
+
 def test_the_table_has_the_papers_columns():
     row = {"accuracy": 0.5, "ci95": [0.4, 0.6], "chance": 0.25, "n": 7}
     assert e.results_table({"object_crop": row, "unseen": row}).splitlines()[2:] == ["| object crop | OI-Crop | 50.0 | 40.0 – 60.0 | 25.0 | 7 |", "| unseen |  | 50.0 | 40.0 – 60.0 | 25.0 | 7 |"]

@@ -273,7 +273,7 @@ def test_one_command_trains_and_compares(data, tmp_path, monkeypatch):
 def test_captions_over_a_starved_tokenizer(kind, monkeypatch):
     monkeypatch.setattr(starved, "TRAINED", 60)
     monkeypatch.setattr(starved, "ASKED", 20)
-    tokenizer = starved.starve(TiTok.from_pretrained(TINY_TOKENIZER), 16, starved.pictures(starved.scene(index) for index in range(40)), TokenizerTrainConfig(steps=2, device="cpu"))
+    tokenizer = starved.starve(TiTok.from_pretrained(TINY_TOKENIZER), 16, starved.pictures(starved.scene(index) for index in range(40)), TokenizerTrainConfig(steps=2, free_steps=0, device="cpu"))
     found = starved.write_captions(kind, tokenizer, 3)
     assert found["loss"] > 0 and 0 <= found["right"] <= 1 and found["before"]["used"] <= 16
     assert (found["before"] != found["after"]) == (kind in starved.ALPHAS)  # only there the tokenizer learns

@@ -67,9 +67,9 @@ def test_losses_and_gradients_are_those_written_out(chunk):
     left, right, scale, bias = tokens(LEFT).requires_grad_(), tokens(RIGHT, seed=1).requires_grad_(), torch.tensor(7.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
     views = by_loops(left.detach(), right.detach()), by_loops(right.detach(), left.detach())
     written = sum(-(scale * view[i, i] - (scale * view[i]).logsumexp(0)) for view in views for i in range(4)) / 8
-    assert float(f.filip_loss(left, right, scale, None, chunk)) == pytest.approx(float(written), abs=1e-12)
+    assert f.filip_loss(left, right, scale, None, chunk).detach().item() == pytest.approx(float(written), abs=1e-12)
     yes_no = sum(math.log1p(math.exp(-(1 if i == j else -1) * float(scale * view[i, j] + bias))) for view in views for i in range(4) for j in range(4)) / 8
-    assert float(f.filip_loss(left, right, scale, None, chunk, bias)) == pytest.approx(yes_no, abs=1e-12)
+    assert f.filip_loss(left, right, scale, None, chunk, bias).detach().item() == pytest.approx(yes_no, abs=1e-12)
     real = [(side.detach() != 0).any(-1, keepdim=True) for side in (left, right)]
     def on_real(loss): return lambda a, b: loss(a * real[0], b * real[1])
     assert torch.autograd.gradcheck(on_real(lambda a, b: f.filip_loss(a, b, scale, None, chunk)), (left, right))
@@ -226,6 +226,17 @@ def test_the_index_finds_what_comparing_finds_and_says_what_it_costs(models):
     values, numbers = index.search(ITEMS[1], 2)
     assert int(numbers[0]) == 1 and float(values[0]) == pytest.approx(1.0, abs=2e-3)
     assert index.bytes_per_item == 2 * 16 * sum(map(len, model.embed_items(ITEMS))) / len(ITEMS)
+
+
+def test_a_text_that_is_cut_beside_patches_is_reported_like_one_beside_codes(models):
+    long, told = Item(render(scene_at(0)), "red " * 200), []
+    for model in models.values():
+        model.item_tokenizer.warned = False
+        with pytest.warns(UserWarning, match=r"a text of \d+ tokens does not fit the context of \d+ and was cut; it begins 'red red") as caught:
+            inputs = model.collate([long, long])
+        assert len(caught) == 1 and inputs["ids"].shape == (2, model.vocab.context)
+        told.append(str(caught[0].message))
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("kind", ["codes", "patches"])

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import tarfile
+import zipfile
 import zlib
 
 import pytest
@@ -569,6 +570,14 @@ def test_item_keys_follow_content(tmp_path):
     before = key(Item(str(path)))
     save(path, 2)
     assert key(Item(str(path))) != before and len({key(Item(text="ab")), key(Item(text="a")), before}) == 3
+
+
+def test_a_hash_in_the_name_of_a_folder_is_not_the_mark_of_a_member(tmp_path):
+    folder = tmp_path / "set #2"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive: archive.writestr("1.png", b"x")
+    found = paper.file_state(folder / "a.zip#1.png")
+    assert found[0] == str(folder / "a.zip#1.png") and found[1:] == paper.file_state(folder / "a.zip")[1:]
 
 
 def test_what_is_missing_is_said_exactly(tmp_path):

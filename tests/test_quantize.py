@@ -166,6 +166,17 @@ def test_recipes_that_cannot_be_meant(name, value, message):
     with pytest.raises(ValueError, match=f"train.{name} must {'be' if message[0] == 'a' else ''}.*{message}.*{value}"): TokenizerTrainConfig(**{name: value})
 
 
+def test_steps_that_leave_none_for_the_codebook_are_refused():
+    for changes in ({"steps": 100}, {"steps": 40, "free_steps": 40}):
+        with pytest.raises(ValueError, match=rf"leaves none of train.steps {changes['steps']} .*give fewer, as in --train.free-steps {changes['steps'] // 4}, or more"): TokenizerTrainConfig(**changes)
+    assert TokenizerTrainConfig(steps=1, free_steps=0).steps == 1
+
+
+@pytest.mark.parametrize("patch_size", [7, 0, 64])
+def test_patches_that_do_not_divide_the_image_are_refused(patch_size):
+    with pytest.raises(ValueError, match=f"patches of {patch_size} pixels do not divide an image of 32; give a patch_size that does"): TiTokConfig(patch_size=patch_size)
+
+
 def test_an_error_that_is_no_number_stops_the_training():
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     with pytest.raises(FloatingPointError, match="the error became .* at step .*--train.lr"):

@@ -1,8 +1,10 @@
 "The comparison of models: equal data, answers that survive an interruption, differences against every flip, fusion blocked, and what the committed run shows."
 import dataclasses
+import functools
 import itertools
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -112,6 +114,43 @@ def test_trials_side_by_side_are_trials_one_by_one(tmp_path):
     assert list(alone) == ["sf", "mlf"]
 
 
+def fail(): raise FloatingPointError("the loss became nan")
+
+
+def stop(results): raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("prepare, watch, error", [({"sf": fail}, None, FloatingPointError), ({}, stop, KeyboardInterrupt)])
+def test_after_an_error_or_an_interruption_no_other_trial_is_begun(prepare, watch, error, tmp_path):
+    trials = {name: (small("sf", seed), tmp_path / name) for seed, name in enumerate(("sf", "second", "third"))}
+    with pytest.raises(error): r.run_trials(trials, ask, dict, 1, prepare, watch)
+    assert [path.name for path in tmp_path.iterdir()] == ["sf"]
+
+
+def write(path, seconds=0.0):
+    time.sleep(seconds)
+    path.write_text(str(seconds))
+    return path.name
+
+
+def test_calls_that_run_come_to_their_end_and_are_waited_for(tmp_path, capsys):
+    calls = {"quick": functools.partial(write, tmp_path / "quick"), "slow": functools.partial(write, tmp_path / "slow", 6.0), "never": functools.partial(write, tmp_path / "never")}
+    with pytest.raises(KeyboardInterrupt): r.side_by_side(calls, 2, lambda name, result: stop({name: result}))
+    assert {path.name for path in tmp_path.iterdir()} == {"quick", "slow"}
+    assert "stopped by KeyboardInterrupt; waiting for slow to end" in capsys.readouterr().err
+    found = {}
+    del calls["slow"]
+    r.side_by_side(calls, 1, found.__setitem__)
+    assert found == {"quick": "quick", "never": "never"}
+
+
+@pytest.mark.parametrize("text, step", [(None, 0), ("", 0), ('{"step": 1', 0), ('{"step": 10}\n{"step": 20}\n', 20), ('{"step": 10}\n{"st', 10), ('{"step": 10}\n{"step": 2', 10)])
+def test_the_step_of_a_trial_is_that_of_its_last_whole_line(text, step, tmp_path):
+    if text is not None: (tmp_path / "metrics.jsonl").write_text(text)
+    assert r._last_step(tmp_path) == step
+    if text is not None: assert (tmp_path / "metrics.jsonl").read_text() == text  # the trial itself writes there
+
+
 def test_what_takes_longest_begins_first():
     names = [f"{model}, seed {seed}" for seed in (0, 1) for model in ("mlf", "fuselip", "sf", "ett")]
     in_turn = sorted([*names, "64 codes"], key=lambda name: r._turn(name, {"64 codes": print}))
@@ -173,6 +212,13 @@ def test_queries_about_one_picture_are_one_cluster():
     assert r._clusters(queries).tolist() == [0, 1, 0, 2, 3]
     about = [dataclasses.replace(query, about=scene) for query, scene in zip(queries, ("a", "b", "b", "a", None))]
     assert r._clusters(about).tolist() == [0, 1, 1, 0, 2]  # what a query says that it is about comes first
+
+
+def test_pictures_are_read_once_a_task_however_many_rivals_there_are(monkeypatch):
+    queries, read, load = [Query(Item(render(scene_at(index))), (Item(text="x"), Item(text="y"))) for index in range(3)], [], r.load_image
+    monkeypatch.setattr(r, "load_image", lambda image: read.append(image) or load(image))
+    claims = r.summarise_trials({name: [trial({"t": "110"})] for name in PAPERS}, {"t": queries})["claims"]
+    assert len(read) == 3 and [claim["rival"] for claim in claims] == ["sf", "mlf"]
 
 
 def trial(answers): return {"parameters": 10, "flops_per_pair": 5.0, "seconds": 2.0, "pairs": 100, "curve": [], "answers": answers}
