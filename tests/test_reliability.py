@@ -297,6 +297,31 @@ def test_shares():
         with pytest.raises(ValueError, match="is not a share"): parse_share(wrong)
 
 
+def read_in_rank(folder, share, rank, world, port):
+    "One process of a run that reads as it goes, from data of which one picture is broken."
+    torch.set_num_threads(1)
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    source, model = TableSource(folder.parent / "ranks.csv"), small_model()
+    with open(folder.parent / f"{folder.name}-{rank}.txt", "w") as said: os.dup2(said.fileno(), 2)
+    with init_distributed("cpu", timeout=20) as world: train(model, SourcePairs(source, model, bad=BadItems(48, share)), settings(steps=4), folder, world=world)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.01])
+def test_ranks_agree_on_bad_data(pictures, tmp_path, share):
+    "A picture that one of two ranks reads is broken: both go on, or both stop; nobody waits for the other."
+    for name in ("dot.png", "cut.jpg"): shutil.copy(pictures / name, tmp_path)
+    table(tmp_path, ["dot.png"] * 20 + ["cut.jpg"] + ["dot.png"] * 27, "ranks.csv")
+    port, folder = free_port(), tmp_path / "run"
+    processes = [SERVER.Process(target=read_in_rank, args=(folder, share, rank, 2, port)) for rank in range(2)]
+    for process in processes: process.start()
+    for process in processes: process.join(40)
+    said = "".join(path.read_text() for path in tmp_path.glob("run-*.txt"))
+    kept = [json.loads(line) for path in folder.glob("bad*.jsonl") for line in path.read_text().splitlines()]
+    assert [row["item"] for row in kept] == [20] and "cut.jpg" in kept[0]["reason"]
+    if share == 0.03: assert [process.exitcode for process in processes] == [0, 0] and len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+    else: assert all(process.exitcode for process in processes) and "1 of 48 items cannot be read, more than 1 %; the last is item 20" in said
+
+
 def test_data_that_is_tokenized_ahead_keeps_to_the_same_budget(pictures):
     source = TableSource(table(pictures, ["dot.png", "cut.jpg", "strip.png"], "ahead.csv"))
     bad, item_tokenizer = BadItems(3, 0.4), small_model().item_tokenizer
@@ -351,7 +376,7 @@ def tokenize(folder, scenes, plan):
     tokenize_source(source, small_model().item_tokenizer, folder, plan)
 
 
-LONG = pytest.mark.skipif(not os.environ.get("FUSELIP_LONG"), reason="100,000 pictures, twice, take some ten minutes; FUSELIP_LONG=1 runs it")
+LONG = pytest.mark.skipif(not os.environ.get("FUSELIP_LONG"), reason="100,000 pictures, twice, take a quarter of an hour; FUSELIP_LONG=1 runs it")
 
 
 @pytest.mark.parametrize("scenes, block", [(200, 100), pytest.param(21_500, 4000, marks=LONG)])

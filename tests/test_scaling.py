@@ -65,5 +65,5 @@ def test_the_committed_ladder_shows_what_the_chapter_says(root):
     rungs = {rung["name"]: rung for rung in found["rungs"]}
     assert found["preset"] == "fuselip-s" and found["batch_size"] == 32
     speeds = [rung["pairs_per_second"] for rung in found["rungs"]]
-    assert speeds[1] > 1.5 * speeds[0] and rungs["packed"]["pairs_per_second"] > 2 * speeds[0] and rungs["packed"]["pairs_per_second"] > 1.1 * speeds[1]
+    assert max(speeds) >= 2.5 * speeds[0] and speeds[1] > 1.5 * speeds[0] and rungs["packed"]["pairs_per_second"] > 2 * speeds[0] and rungs["packed"]["pairs_per_second"] > 1.1 * speeds[1]
     assert found["rungs"][0]["data_wait"] > 0.3 and all(rung["data_wait"] < 0.02 for rung in found["rungs"][1:])
