@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'PLACES', 'grouped_batches', 'MixedSource', 'kept_groups', 'open_data', 'Sequences', 'TokenPairs',
            'tokenize_pairs', 'Unreadable', 'Reader', 'parse_share', 'BadItems', 'readable_groups', 'bundled',
-           'unbundled', 'read_batches', 'Sizes', 'SourcePairs', 'to_size']
+           'unbundled', 'read_batches', 'Sizes', 'SourcePairs', 'pairs_in', 'origins', 'to_size']
 
 # %% ../nbs/13_batches.ipynb #b85fe90c
 import bisect, copy, itertools, json, random, sys
@@ -321,6 +321,10 @@ class SourcePairs:
         if item.image is None or isinstance(item.image, torch.Tensor): return item
         return Item(random_resized_crop(item.image, self.model.image_size, rng.getrandbits(63)), item.text)
 
+    def origins(self, shards): # of a batch -> the item of each of its pairs, in order
+        reader = Reader(self)
+        return [index for shard in shards for index in to_size([index for index in shard for _ in range(pairs_in(reader[index]))], shard)]
+
     def batches(self,
         batches # list of batches; a batch is a list of shards, a shard a list of indices
     ): # yields the model's inputs, one a batch: left sides, then right sides
@@ -333,6 +337,13 @@ class SourcePairs:
             yield self.model.collate([pair.left for pair in pairs] + [pair.right for pair in pairs])
 
 
+def pairs_in(found): return 0 if isinstance(found, Unreadable) else len(found)  # of what a `Reader` gives
+
+
+def origins(pairs, shards): # of any data for training and a batch of it -> the item of each pair, or the pair's own number where pairs are dealt
+    return pairs.origins(shards) if hasattr(pairs, "origins") else [index for shard in shards for index in shard]
+
+
 def to_size(pairs, shard): # as many as the shard has indices: cut off, or begun again
-    if not pairs: raise ValueError(f"items {', '.join(map(str, shard[:8]))} of the data have no pairs, and nothing else is in their batch; look there for items that cannot be read")
+    if not pairs: raise ValueError(f"items {', '.join(map(str, shard[:8]))} of the data have no pairs, and nothing else is in their batch; look there for empty texts, and for items that cannot be read")
     return list(itertools.islice(itertools.cycle(pairs), len(shard)))

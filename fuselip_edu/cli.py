@@ -89,6 +89,7 @@ def train_command(rest):
         folder = open_run(run, settings, resume)
         model, pairs = build_model(config)
         barrier(world)  # every process has looked at the folder before one writes there
+        if resume and world.is_main and not (folder / "config.json").exists(): print(f"there is no run in {str(folder)!r} yet; it begins", file=sys.stderr, flush=True)
         if world.is_main: write_json(folder / "config.json", settings)
         train(model, pairs, config.train, folder, resume, world=world)
         if world.is_main:

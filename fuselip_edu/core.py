@@ -121,6 +121,7 @@ def read_image(
     except (FileNotFoundError, KeyError):
         raise FileNotFoundError(f"no image file at {str(path)!r}; check the path") from None
     except UnidentifiedImageError: reason = "its format is not known"
+    except MemoryError: raise
     except Exception as error: reason = str(error) or type(error).__name__  # a decoder that meets broken bytes may raise anything
     raise ValueError(f"{str(path)!r} is not a readable image ({reason}); replace or remove it")
 
@@ -184,7 +185,7 @@ def atomic_path(
     except OSError as error:
         raise OSError(*filter(None, [error.errno]), f"could not write {str(path)!r}: {error.strerror or error}; nothing was changed there") from error
     finally:
-        if temporary.is_dir(): shutil.rmtree(temporary, ignore_errors=True)
+        if os.path.isdir(temporary): shutil.rmtree(temporary, ignore_errors=True)
         else:
             with contextlib.suppress(OSError): temporary.unlink()
 

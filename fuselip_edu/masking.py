@@ -19,13 +19,12 @@ def mask_tokens(
     lengths:torch.Tensor, # (b,), true lengths; what lies beyond is padding
     vocab:Vocab,
     probability:float=0.1, # of each token
-    generator:torch.Generator|None=None, # on the CPU; the same state hides the same places
-    draws:torch.Tensor|None=None # (b, n), on the CPU: a number from 0 to 1 for each place, instead of fresh ones
+    draws:torch.Tensor|None=None # (b, n), on the CPU: a number from 0 to 1 for each place; None draws them
 ): # masked ids (b, n), labels (b, n): the original id where masked, -100 elsewhere
     "Hide each token with the given probability; never `<eot>`, padding or `[MASK]` (nor, for a published checkpoint, id 0 and image code 0)."
     if not 0 <= probability <= 1: raise ValueError(f"probability must lie between 0 and 1, not {probability}; 0.1 hides a tenth")
     real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    if draws is None: draws = torch.rand(ids.shape, generator=generator)
+    if draws is None: draws = torch.rand(ids.shape)
     hidden = (sent(draws, ids.device) < probability) & real
     for exempt in (vocab.eot, vocab.mask, *(vocab.pad, vocab.first_code) * vocab.original): hidden &= ids != exempt
     return ids.masked_fill(hidden, vocab.mask), ids.masked_fill(~hidden, -100)

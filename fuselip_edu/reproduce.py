@@ -202,7 +202,7 @@ def side_by_side(
     idle=lambda names: None, # called with the names of those that run, after half a minute in which none has ended
     start=None # called first in every process
 ):
-    "Call each in turn; after an error, or Ctrl-C, none is begun any more, and those that run come to their end."
+    "Call each in turn; after an error, or Ctrl-C, none is begun any more, and those that run are waited for. (Ctrl-C in a terminal reaches them, too.)"
     waiting, running = list(calls), {}
     pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start)
     try:

@@ -92,7 +92,7 @@ def _csv_rows(path): # yields (line number, {column: cell}); the header, as {col
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             names = reader.fieldnames = [utf8(name.strip(), f"{str(path)!r} line 1") for name in reader.fieldnames or []]
-            if twice := [name for name in names if names.count(name) > 1]: raise ValueError(f"{str(path)!r} has the column {twice[0]} twice; rename or remove one")
+            if twice := [name for name in names if name and names.count(name) > 1]: raise ValueError(f"{str(path)!r} has the column {twice[0]} twice; rename or remove one")
             yield line, {name: name for name in names}
             for row in reader:
                 line = reader.line_num  # of the row's last line
@@ -352,9 +352,9 @@ def shard_index(
 
 # %% ../nbs/12_sources.ipynb #41594ac0
 def missing_numbers(paths): # of files whose names end in a number: those between the first and the last that no file has
-    found = [re.search(r"(\d+)\D*$", path.name) for path in paths]
-    numbers = {int(match[1]) for match in found if match}
-    return sorted(set(range(min(numbers, default=0), max(numbers, default=0))) - numbers) if all(found) else []
+    found = [re.search(r"(\d+)(-of-\d+)?\D*$", path.name) for path in paths]
+    numbers = sorted(int(match[1]) for match in found if match) if all(found) else []
+    return [number for one, other in zip(numbers, numbers[1:]) for number in range(one + 1, min(other, one + 10))]  # no more than nine of a gap
 
 
 class ShardSource:
@@ -498,6 +498,7 @@ class HQEditSource:
     def _pairs(self, at): # of row `at`, whose pictures are decoded once while its pairs are read
         if self._row[0] != at:
             try: self._row = (at, edit_pairs(self.data[at]))
+            except MemoryError: raise
             except Exception as error: raise ValueError(f"{self._where(at)}: no readable image ({error}); download the file again") from None  # a decoder may raise anything
         return self._row[1]
 
@@ -761,9 +762,9 @@ def source_images(
     n:int, # at most this many
     size:int # side of the square in pixels
 ): # (n, 3, size, size), uint8
-    "The distinct images of a source's items: what an image tokenizer trains on."
+    "The distinct images of a source's items: what an image tokenizer trains on. One in a thousand that cannot be read is passed over; more are an error."
     if n < 1: raise ValueError(f"the number of images must be at least 1, not {n}")
-    found, bad, allowed = {}, [], sum(map(len, source.groups)) / 1000
+    found, bad, allowed = {}, [], min(n, sum(map(len, source.groups))) / 1000
 
     def readable(read): # what it gives; None if it fails, which one record in a thousand may
         try: return read()

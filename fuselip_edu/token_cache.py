@@ -402,6 +402,10 @@ class CachedPairs:
     def groups(self): # lists of pair indices of this epoch's view, or of items
         return [pairs for group in self.items if (pairs := self.view.of(group))] if self.by_pair else self.items
 
+    def origins(self, shards): # of a batch -> the item of each of its pairs, in order; dealt by pair, the pairs themselves
+        item_of = lambda shard: to_size([index for index in shard for _ in self.view.of([index])], shard)
+        return [index for shard in shards for index in (shard if self.by_pair else item_of(shard))]
+
     def inputs(self, indices): # of b pairs -> {"ids": (2b, n), "lengths": (2b,)}, what a FuseLIP model's `forward` takes
         return dict(zip(("ids", "lengths"), self.view.sequences(indices, self.vocab)))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .batches import BadItems, Reader, SourcePairs, Unreadable, grouped_batches, open_data, parse_share, readable_groups, tokenize_pairs
+from .batches import BadItems, Reader, SourcePairs, Unreadable, grouped_batches, open_data, origins, parse_share, readable_groups, tokenize_pairs
 from .contrastive import sigmoid_loss, softmax_loss
 from .core import atomic_path, json_lines, pick_device, save_tensors, seed_everything, sent, write_json
 from .distributed import World, average_gradients, broadcast_parameters, full, gather_objects, gather_parameters, gather_rows, gather_values, piece_like, shard_parameters, sharded_sigmoid_loss
@@ -133,7 +133,7 @@ class Batch:
 
 # %% ../nbs/16_train.ipynb #7a850d40
 def item_keys(inputs): # of tensors with n rows -> (n,), int64: equal for equal items, in every process and however far they are padded
-    arrays = {name: value.contiguous().numpy() for name, value in inputs.items()}
+    arrays = {name: value.contiguous().numpy() for name, value in inputs.items() if name != "image"}  # which only numbers the pictures of this batch
     if "ids" in arrays: arrays["ids"] = [row[:length] for row, length in zip(arrays["ids"], arrays["lengths"])]
     keys = [hashlib.blake2b(b"".join(part.tobytes() for part in row), digest_size=8).digest() for row in zip(*arrays.values())]
     return torch.tensor([int.from_bytes(key, "little", signed=True) for key in keys])
@@ -170,7 +170,7 @@ def make_batch(
     inputs = {name: sent(value, model.device) for name, value in inputs.items()}
     if config.mask_probability:
         draws = mask_draws(inputs["ids"], config.seed, step, world)
-        ids, labels = mask_tokens(inputs["ids"], inputs["lengths"], model.vocab, config.mask_probability, draws=draws)
+        ids, labels = mask_tokens(inputs["ids"], inputs["lengths"], model.vocab, config.mask_probability, draws)
         inputs |= {"ids": ids, "labels": labels}
     return Batch(inputs, same)
 
@@ -444,14 +444,14 @@ def own_rows(inputs, own): # of both sides
     return {name: value[:, own].flatten(0, 1) for name, value in sides.items()}
 
 
-def batches_from(first, pairs, config, world): # yields (step, indices, inputs) from step `first` to the last, of this process's pairs
+def batches_from(first, pairs, config, world): # yields (step, shards, inputs) from step `first` to the last; the inputs are of this process's pairs
     step, per_epoch, own = first, steps_an_epoch(pairs, config), share_of(config, world)[1]
     while step < config.steps:
         pairs.epoch = step // per_epoch
         batches = epoch_batches(pairs.groups, config, pairs.epoch, world)[step % per_epoch:per_epoch][:config.steps - step]
         if not batches: raise RuntimeError(f"epoch {pairs.epoch} has fewer batches than the {per_epoch} that the number of pairs promises; the data has changed")
         for shards, inputs in zip(batches, pairs.batches(batches)):
-            yield step, [index for shard in shards for index in shard][own], own_rows(inputs, own)
+            yield step, shards, own_rows(inputs, own)
             step += 1
 
 # %% ../nbs/16_train.ipynb #e29d7929
@@ -516,10 +516,10 @@ def train(
     main_folder = Path(run) if run and world.is_main else None
     log = RunLog(main_folder, first, config, quiet=not world.is_main)
     with deferred_interrupt() as interrupted:
-        batches = ((step, indices, make_batch(inputs, model, config, step, world)) for step, indices, inputs in log.timed(batches_from(first, pairs, config, world)))
+        batches = ((step, shards, make_batch(inputs, model, config, step, world)) for step, shards, inputs in log.timed(batches_from(first, pairs, config, world)))
         coming = next(batches, None)
         while coming:
-            step, indices, batch = coming
+            step, shards, batch = coming
             if hasattr(model, "start_step"): model.start_step(step, config.steps)  # a model whose parts learn at different times
             lr = scheduled(step, log.trained(), config)
             optimizer.zero_grad()
@@ -530,7 +530,7 @@ def train(
             losses = gather_values({**losses, "stop": float(stop)}, world)  # all processes stop, or none
             stop, done = losses.pop("stop") > 0, step + 1
             try: norm = update(model, optimizer, lr, config.grad_norm, losses["loss"])
-            except FloatingPointError as error: raise not_finite(error, step, main_folder, sum(gather_objects(suspects(model, batch, indices, config), world), [])) from None
+            except FloatingPointError as error: raise not_finite(error, step, main_folder, sum(gather_objects(suspects(model, batch, origins(pairs, shards)[share_of(config, world)[1]], config), world), [])) from None
             log.step(done, {**{name: float(loss) for name, loss in losses.items()}, "lr": lr, **scalars(model), "grad_norm": norm}, stop)
             if done % config.log_every == 0 and hasattr(pairs, "bad"): pairs.bad.join(gather_objects(pairs.bad.reasons, world))
             if watch and (done % config.log_every == 0 or done == config.steps): watch(done, model)
@@ -542,23 +542,23 @@ def train(
     return finish(model, log, bool(interrupted), main_folder)
 
 # %% ../nbs/16_train.ipynb #ae6652ad
-def suspects(model, batch, indices, config): # -> [{"pair", "left", "right", "finite"}]: every pair of a batch, and whether its embeddings are finite
+def suspects(model, batch, items, config): # -> [{"item", "left", "right", "finite"}]: every pair of a batch, and whether its embeddings are finite
     parts = [batch.part(i, config.accumulation) for i in range(config.accumulation)]
     with torch.no_grad(): finite = torch.cat([forward(model, part.inputs, config)[0].flatten(1).isfinite().all(1).view(2, -1).all(0) for part in parts]).tolist()
     text_tokenizer, vocab = getattr(model, "item_tokenizer", model).text_tokenizer, model.vocab
     ids = batch.inputs["ids"]
     if "labels" in batch.inputs: ids = ids.where(batch.inputs["labels"] < 0, batch.inputs["labels"])
     texts = [text_tokenizer.decode([token for token in row[:length] if kind_of(token, vocab) == "text"]) for row, length in zip(ids.tolist(), batch.inputs["lengths"].tolist())]
-    return [{"pair": index, "left": left, "right": right, "finite": good} for index, left, right, good in zip(indices, texts[:len(batch)], texts[len(batch):], finite)]
+    return [{"item": item, "left": left, "right": right, "finite": good} for item, left, right, good in zip(items, texts[:len(batch)], texts[len(batch):], finite)]
 
 
 def not_finite(error, step, run, found): # -> the error, with the pairs that it comes from; `found`: what `suspects` gives, of all processes
     broken = [row for row in found if not row["finite"]]
-    numbers = ", ".join(str(row["pair"]) for row in (broken or found)[:8]) + " …" * (len(broken or found) > 8)
-    where = f"the embeddings of pairs {numbers} are not finite" if broken else f"the embeddings of all its pairs ({numbers}) are finite"
+    items = ", ".join(str(row["item"]) for row in (broken or found)[:8]) + " …" * (len(broken or found) > 8)
+    where = f"the embeddings of items {items} are not finite" if broken else f"the embeddings of all its items ({items}) are finite"
     kept = f"; {Path(run) / 'not-finite.json'} has their texts" if run else ""
     if run: write_json(Path(run) / "not-finite.json", {"step": step, "reason": str(error), "pairs": broken or found})
-    return FloatingPointError(f"{error} at step {step}; {where}{kept}. Start another --run with a lower --train.lr, or mend the data")
+    return FloatingPointError(f"{error} at step {step}; {where}{kept}; start another --run with a lower --train.lr, or mend the data")
 
 # %% ../nbs/16_train.ipynb #b02e80c1
 def scheduled(step, elapsed, config): # the learning rate by steps, or by the clock if that is further on
@@ -697,8 +697,7 @@ def open_run(
         different = [f"{name} is {there_value!r} there and {here!r} here" for (name, there_value, here) in differences(there, config) if name not in FREE]
         if different: raise ValueError(f"{str(run)!r} holds a run with another configuration ({'; '.join(different[:3])}); give another --run")
         if not resume: raise ValueError(f"{str(run)!r} already holds this run; add --resume to continue it, or give another --run")
-    elif run.is_dir() and any(run.iterdir()): raise ValueError(f"{str(run)!r} is not empty and holds no run; give another --run")
-    elif resume: print(f"there is no run in {str(run)!r} yet; it begins", file=sys.stderr, flush=True)
+    elif run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()): raise ValueError(f"{str(run)!r} is not empty and holds no run; give another --run")  # a kill may leave half a file that begins with a dot
     return run
 
 

@@ -131,7 +131,7 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
     (["train", "--preset="], "--preset needs a value"),
     (["train", "--train.seconds", "-1", "--run", "runs/never"], "train.seconds must not be negative"),
     (["demo", "--seconds", "-1", "--run", "runs/never"], "train.seconds must not be negative, and is -1"),
-    (["tokenize", "--scenes", "0", "--text-vocab", "0", "--out", "runs/never"], "no items to tokenize"),
+    (["tokenize", "--scenes", "0", "--text-vocab", "0", "--out", "runs/never"], "scenes must be at least 1, not 0"),
     (["train", "--preset", "tiny-sf", "--train.mask-probability", "0.1", "--run", "runs/never"], "late fusion hides no tokens"),
     (["train", "--preset", "tiny-filip", "--train.mask-probability", "0.1", "--run", "runs/never"], "FILIP hides no tokens"),
     (["train", "--preset", "tiny-filip", "--train.loss", "softmax", "--run", "runs/never"], "--encoder.loss"),
@@ -200,7 +200,7 @@ def test_the_training_of_a_tokenizer_that_was_killed_goes_on(root, tmp_path):
              "--model.width", "32", "--model.layers", "1", "--model.decoder-width", "32", "--model.decoder-layers", "1", "--model.decoder-heads", "2"]
     assert command(*words, "--run", tmp_path / "whole", root=root).returncode == 0
     run, started = tmp_path / "killed", time.monotonic()
-    child = subprocess.Popen([sys.executable, "-m", "fuselip_edu", *words, "--run", str(run)], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, "-m", "fuselip_edu", *words, "--run", str(run)], cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (run / "unfinished.safetensors").exists() and time.monotonic() < started + 120: time.sleep(0.02)
     child.kill()
     child.wait()

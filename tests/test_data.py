@@ -406,7 +406,7 @@ def test_a_record_that_cannot_be_read_is_counted(tmp_path):
     table(tmp_path / "train.csv", ("path", "caption"), *[(f"{i}.jpg", "" if i == 2 else "a red wall") for i in range(3)])
     assert make_vqa(f"cc3m:{tmp_path}", stub, tmp_path / "vqa.csv") == {"captions": 3, "questions": 1, "its record cannot be read": 2}
     journal = (tmp_path / "vqa.jsonl").read_text()
-    assert "train.csv' line 3: no image file at" in journal and "no caption" in journal
+    assert "train.csv' line 3: no image file at" in journal and "train.csv' line 4 has no text" in journal
 
 
 def test_an_interrupted_run_ends_with_the_same_table(tmp_path):

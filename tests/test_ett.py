@@ -76,7 +76,7 @@ def test_pictures_give_what_their_codes_give(pairs, coded, packed):
     seen, known = pairs.inputs(chosen), coded.inputs(chosen)
     assert pairs.groups == coded.groups and torch.equal(seen["lengths"], known["lengths"]) and len(seen["image"].unique()) < (seen["image"] >= 0).sum()
     with torch.no_grad(): torch.testing.assert_close(model(**seen, packed=packed), model(**known, packed=packed), atol=1e-5, rtol=0)
-    masks = [mask_tokens(inputs["ids"], inputs["lengths"], model.vocab, 0.3, torch.Generator().manual_seed(1)) for inputs in (seen, known)]
+    masks = [mask_tokens(inputs["ids"], inputs["lengths"], model.vocab, 0.3, torch.rand(inputs["ids"].shape, generator=torch.Generator().manual_seed(1))) for inputs in (seen, known)]
     with torch.no_grad(): ours, theirs = (model(**inputs | {"ids": ids, "labels": labels}, packed=packed) for inputs, (ids, labels) in zip((seen, known), masks))
     for name in ("embeddings", "states", "logits"): torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-5, rtol=0)
     assert torch.equal(ours.targets, theirs.targets) and ours.own_loss is None and (ours.targets >= model.vocab.first_code).any()

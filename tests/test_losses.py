@@ -185,7 +185,7 @@ def test_mask_tokens_never_hides_what_it_must_not():
 
 def test_masked_ids_and_labels_hold_the_sequence():
     ids, lengths = batch()
-    masked, labels = mask_tokens(ids, lengths, VOCAB, 0.3, torch.Generator().manual_seed(0))
+    masked, labels = mask_tokens(ids, lengths, VOCAB, 0.3, torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(torch.where(labels == -100, masked, labels), ids)
     assert torch.equal(labels != -100, (masked == VOCAB.mask) & (ids != VOCAB.mask))
     assert torch.equal(ids, batch()[0])  # its input is left alone
@@ -195,13 +195,13 @@ def test_masked_ids_and_labels_hold_the_sequence():
 def test_the_share_of_hidden_tokens_is_the_probability(probability):
     ids, lengths = batch()
     maskable = (mask_tokens(ids, lengths, VOCAB, 1.0)[1] >= 0).sum().item()
-    hidden = (mask_tokens(ids, lengths, VOCAB, probability, torch.Generator().manual_seed(0))[1] >= 0).sum().item()
+    hidden = (mask_tokens(ids, lengths, VOCAB, probability, torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)))[1] >= 0).sum().item()
     assert abs(hidden / maskable - probability) < 4 * math.sqrt(probability * (1 - probability) / maskable)
 
 
 def test_masks_are_a_function_of_the_generator():
     ids, lengths = batch()
-    draw = lambda seed: mask_tokens(ids, lengths, VOCAB, 0.1, torch.Generator().manual_seed(seed))[0]
+    draw = lambda seed: mask_tokens(ids, lengths, VOCAB, 0.1, torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)))[0]
     assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
     assert torch.equal(mask_tokens(ids, lengths, VOCAB, 0.0)[0], ids)
 

@@ -9,6 +9,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from fuselip_edu import sources
 from fuselip_edu.core import load_image
 from fuselip_edu.sources import (MMEB_SETS, PROMPTS, AugmentedSource, CSVSource, HQEditSource, MMEBSource, QuestionSource, RegionSource, ShapesSource, ShardSource, TableSource,
-                                 Texts, inside, mmeb_text, open_captions, open_source, plain_chance, read_rows, shard_index, source_groups, source_images, stream_groups)
+                                 Texts, inside, missing_numbers, mmeb_text, open_captions, open_source, plain_chance, read_rows, shard_index, source_groups, source_images, stream_groups)
 from fuselip_edu.transforms import TRAIN_COUNT, transform_pairs
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
@@ -141,6 +142,8 @@ def test_wrong_encoding(folder):
 
 def test_a_column_that_is_there_twice(folder):
     with pytest.raises(ValueError, match="has the column text twice"): table(folder, "image,text,text\nred.png,a,b\n")
+    (folder / "wide.csv").write_text("path,caption,,\nred.png,a,,\n")  # as a spreadsheet may write it
+    assert TableSource(folder / "wide.csv")[0][0].right.text == "a"
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
@@ -155,7 +158,7 @@ def test_one_spoiled_record_of_a_large_table_is_one_bad_item(folder, suffix):
 
 def test_tokenizers_train_on_what_can_be_read(folder, capsys):
     (folder / "large.csv").write_text("path,caption\n" + "red.png,a\n" * 998 + "red.png,\n" + "green.png,b\n")
-    assert len(source_images(TableSource(folder / "large.csv"), 5, 8)) == 2 and "passed over: " in capsys.readouterr().err
+    assert len(source_images(TableSource(folder / "large.csv"), 1000, 8)) == 2 and "passed over: " in capsys.readouterr().err
     (folder / "small.csv").write_text("path,caption\nred.png,a\nred.png,\n")
     with pytest.raises(ValueError, match="line 3 has no text"): source_images(TableSource(folder / "small.csv"), 5, 8)
     with pytest.raises(ValueError, match="must be at least 1, not 0"): source_images(ShapesSource(5), 0, 8)
@@ -550,6 +553,8 @@ def test_an_empty_caption_is_a_broken_record_whatever_is_made_of_it(tmp_path):
 def test_shards_that_are_missing_in_between_are_named(tmp_path, capsys):
     for number in (0, 1, 4): write_tar(tmp_path / f"x-train-{number:04}.tar", sample(number, "{:03}", "jpg"))
     assert len(ShardSource(tmp_path)) == 3 and "has no shard 2, 3, though it has later ones" in capsys.readouterr().err
+    assert missing_numbers([Path("a-00001-of-00010.tar"), Path("a-00004-of-00010.tar")]) == [2, 3] and len(missing_numbers([Path("a-1.tar"), Path("a-90000000000.tar")])) == 9
+    assert missing_numbers([Path("a.tar"), Path("a-4.tar")]) == []
     (tmp_path / "x-train-0004.tar").unlink()
     assert len(ShardSource(tmp_path)) == 2 and not capsys.readouterr().err
 

@@ -15,12 +15,13 @@ import torch
 import fuselip_edu.batches
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
 from fuselip_edu.sources import ShapesSource, source_groups
-from fuselip_edu.batches import BadItems, SourcePairs, grouped_batches, tokenize_pairs
+from fuselip_edu.batches import BadItems, SourcePairs, grouped_batches, origins, tokenize_pairs
 from fuselip_edu.distributed import World
+from fuselip_edu.pairs import Item, Pair
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
 from fuselip_edu.train import (PRESETS, TrainConfig, backward, batches_from, build, epoch_batches, item_keys, load_checkpoint, make_batch, make_optimizer,
-                               open_run, parameter_groups, preset, save_checkpoint, seconds_trained, steps_an_epoch, train, twins, update)
+                               open_run, parameter_groups, preset, save_checkpoint, seconds_trained, share_of, steps_an_epoch, suspects, train, twins, update)
 
 
 def small_model(seed=0, width=32):
@@ -170,22 +171,43 @@ def test_old_checkpoints_go(pairs, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(pairs):
     model = small_model()
     model.logit_bias.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="loss became nan at step 0; the embeddings of all its pairs .* are finite"): train(model, pairs, settings())
+    with pytest.raises(FloatingPointError, match="loss became nan at step 0; the embeddings of all its items .* are finite"): train(model, pairs, settings())
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_pairs_whose_embeddings_are_not_finite_are_named(pairs, tmp_path, accumulation):
-    model, config = small_model(), settings(batch_size=32, accumulation=accumulation, mask_probability=0.1)
-    (batch,), *_ = epoch_batches(pairs.groups, config, 0)
+    model, config = small_model(), settings(batch_size=32, accumulation=accumulation, mask_probability=0.0)
+    shards = epoch_batches(pairs.groups, config, 0)[0]
+    batch = shards[0]
     ids = [set(pairs.left.pad([i])[0][0].tolist()) | set(pairs.right.pad([i])[0][0].tolist()) for i in batch]
     poison = next(token for token in range(model.vocab.n_text) if 0 < sum(token in row for row in ids) < 5 and token not in (0, model.vocab.sot, model.vocab.eot))
     model.token_embedding.weight.data[poison] = float("inf")
-    with pytest.raises(FloatingPointError, match="at step 0; the embeddings of pairs") as caught: train(model, pairs, dataclasses.replace(config, mask_probability=0.0), tmp_path / "run")
+    with pytest.raises(FloatingPointError, match="at step 0; the embeddings of items") as caught: train(model, pairs, config, tmp_path / "run")
     note = json.loads((tmp_path / "run" / "not-finite.json").read_text())
     expected = [index for index, row in zip(batch, ids) if poison in row]
-    assert [row["pair"] for row in note["pairs"]] == expected and note["step"] == 0 and str(expected[0]) in str(caught.value)
+    assert [row["item"] for row in note["pairs"]] == expected and note["step"] == 0 and str(expected[0]) in str(caught.value)
     assert all(row["left"] + row["right"] for row in note["pairs"])
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+    clean = small_model()
+    batch = make_batch(pairs.inputs(range(32)), clean, dataclasses.replace(config, mask_probability=0.5), 0)
+    assert (batch.inputs["labels"] >= 0).sum() > 100
+    told = suspects(clean, batch, range(32), config)
+    plain = suspects(clean, make_batch(pairs.inputs(range(32)), clean, config, 0), range(32), config)
+    assert told == plain and all(row["finite"] for row in told)  # hidden words are named, too
+
+
+def test_of_items_with_several_pairs_the_right_one_is_named():
+    model = small_model()
+    class Mixed(ShapesSource): # the first item is broken, the second has three pairs, the others one
+        groups = property(lambda self: [[index] for index in range(6)])
+        def __getitem__(self, index):
+            if index == 1: raise ValueError("broken")
+            return [Pair(Item(text=f"left {index}"), Item(text=f"right {index}"))] * (3 if index == 2 else 1)
+    pairs = SourcePairs(Mixed(1), model, bad=BadItems(6, 0.5))
+    shards = [[1, 2, 5], [3, 0, 4]]
+    inputs = next(iter(pairs.batches([shards])))
+    texts = [row["left"] for row in suspects(model, make_batch(inputs, model, settings(mask_probability=0.0), 0), origins(pairs, shards), settings())]
+    assert origins(pairs, shards) == [2, 2, 2, 3, 0, 4] and texts == [f"left {item}" for item in origins(pairs, shards)]
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
@@ -252,8 +274,11 @@ def test_a_run_that_was_killed_while_it_wrote_leaves_nothing_behind(pairs, tmp_p
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_resuming_what_is_not_there_yet_begins_it(tmp_path, capsys):
-    assert open_run(tmp_path / "new", {"a": 1}, resume=True) == tmp_path / "new" and "it begins" in capsys.readouterr().err and not (tmp_path / "new").exists()
+def test_resuming_what_is_not_there_yet_begins_it(tmp_path):
+    assert open_run(tmp_path / "new", {"a": 1}, resume=True) == tmp_path / "new" and not (tmp_path / "new").exists()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".config.json.7-abc.tmp").write_text("{")  # of a run that was killed before it had begun
+    open_run(tmp_path / "killed", {"a": 1}, resume=True)
 
 
 def test_a_run_may_have_bad_items_before_it_has_a_folder(pairs, tmp_path):
@@ -282,7 +307,8 @@ def test_what_several_processes_cannot_do_is_an_error(pairs):
 def test_any_number_of_processes_shares_out_the_same_batches_and_hides_the_same_tokens(pairs, shards, size):
     model, config = small_model(), settings(batch_size=24, shards=shards, mask_probability=0.3, skip_twins=False)
     def first(world):
-        step, indices, inputs = next(batches_from(1, pairs, config, world))
+        step, shards, inputs = next(batches_from(1, pairs, config, world))
+        indices = origins(pairs, shards)[share_of(config, world)[1]]
         hidden = make_batch(inputs, model, config, step, world).inputs["labels"]
         return indices, [[row[row >= 0].tolist() for row in side] for side in hidden.chunk(2)]
     indices, hidden = first(World())
