@@ -336,7 +336,7 @@ class SourcePairs:
             pairs = [pair for shard in batch for pair in to_size([pair for item in itertools.islice(items, len(shard)) for pair in item], shard)]
             yield self.model.collate([pair.left for pair in pairs] + [pair.right for pair in pairs])
 
-
+# %% ../nbs/13_batches.ipynb #c9da5eef
 def pairs_in(found): return 0 if isinstance(found, Unreadable) else len(found)  # of what a `Reader` gives
 
 
