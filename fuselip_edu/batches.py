@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'PLACES', 'grouped_batches', 'MixedSource', 'kept_groups', 'open_data', 'Sequences', 'TokenPairs',
            'tokenize_pairs', 'Unreadable', 'Reader', 'parse_share', 'BadItems', 'readable_groups', 'bundled',
-           'unbundled', 'read_batches', 'Sizes', 'SourcePairs', 'pairs_in', 'origins', 'to_size']
+           'unbundled', 'read_batches', 'Sizes', 'SourcePairs', 'origins', 'to_size']
 
 # %% ../nbs/13_batches.ipynb #b85fe90c
 import bisect, copy, itertools, json, random, sys
@@ -323,7 +323,8 @@ class SourcePairs:
 
     def origins(self, shards): # of a batch -> the item of each of its pairs, in order
         reader = Reader(self)
-        return [index for shard in shards for index in to_size([index for index in shard for _ in range(pairs_in(reader[index]))], shard)]
+        pairs_of = lambda index: () if isinstance(found := reader[index], Unreadable) else found
+        return [index for shard in shards for index in to_size([index for index in shard for _ in pairs_of(index)], shard)]
 
     def batches(self,
         batches # list of batches; a batch is a list of shards, a shard a list of indices
@@ -337,9 +338,6 @@ class SourcePairs:
             yield self.model.collate([pair.left for pair in pairs] + [pair.right for pair in pairs])
 
 # %% ../nbs/13_batches.ipynb #c9da5eef
-def pairs_in(found): return 0 if isinstance(found, Unreadable) else len(found)  # of what a `Reader` gives
-
-
 def origins(pairs, shards): # of any data for training and a batch of it -> the item of each pair, or the pair's own number where pairs are dealt
     return pairs.origins(shards) if hasattr(pairs, "origins") else [index for shard in shards for index in shard]
 

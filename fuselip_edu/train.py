@@ -530,7 +530,10 @@ def train(
             losses = gather_values({**losses, "stop": float(stop)}, world)  # all processes stop, or none
             stop, done = losses.pop("stop") > 0, step + 1
             try: norm = update(model, optimizer, lr, config.grad_norm, losses["loss"])
-            except FloatingPointError as error: raise not_finite(error, step, main_folder, sum(gather_objects(suspects(model, batch, origins(pairs, shards)[share_of(config, world)[1]], config), world), [])) from None
+            except FloatingPointError as error:
+                pairs.epoch = step // steps_an_epoch(pairs, config)  # the next batch may be of another
+                found = gather_objects(suspects(model, batch, origins(pairs, shards)[share_of(config, world)[1]], config), world)
+                raise not_finite(error, step, main_folder, sum(found, [])) from None
             log.step(done, {**{name: float(loss) for name, loss in losses.items()}, "lr": lr, **scalars(model), "grad_norm": norm}, stop)
             if done % config.log_every == 0 and hasattr(pairs, "bad"): pairs.bad.join(gather_objects(pairs.bad.reasons, world))
             if watch and (done % config.log_every == 0 or done == config.steps): watch(done, model)
