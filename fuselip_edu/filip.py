@@ -7,7 +7,7 @@ __all__ = ['FILIP_PRESETS', 'token_similarity', 'filip_loss', 'FILIPConfig', 'To
            'localisation', 'TokenIndex', 'select_tokens', 'sharded_filip_loss', 'FILIPRun', 'build_filip']
 
 # %% ../nbs/19_filip.ipynb #8991907e
-import dataclasses, json, math
+import dataclasses, math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .batches import SourcePairs, open_data, tokenize_pairs
+from .batches import open_data, tokenize_pairs
 from .core import load_image, load_weights, pick_device, progress, save_weights, seed_everything, write_json
 from .distributed import World
 from .evaluate import as_prompts

@@ -6,7 +6,7 @@
 __all__ = ['HALF', 'SIZES', 'attend_at_once', 'tiled_attention', 'attend_in_tiles', 'attend_on']
 
 # %% ../nbs/04b_kernel.ipynb #440ca282
-import math, types
+import types
 
 import torch
 from einops import rearrange

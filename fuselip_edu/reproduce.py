@@ -28,7 +28,7 @@ from .pairs import Item, image_key
 from .shapes import captions, render, scene_at
 from .sources import CSVSource, fit_tokenizer
 from .titok import TOKENIZER_PRESETS, TiTokConfig, TokenizerTrainConfig
-from .train import PRESETS, backward, epoch_batches, make_batch, preset, train
+from .train import backward, epoch_batches, make_batch, preset, train
 from .transformer import key_mask
 
 # %% ../nbs/21_reproduce.ipynb #51df0062

@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 
 from .batches import SourcePairs
-from .core import pick_device, provenance, seed_everything, write_json
+from .core import pick_device, provenance, seed_everything
 from .fuselip import FuseLIP
 from .kernel import attend_at_once, attend_in_tiles, attend_on
-from .pairs import Item, Pair
 from .shapes import render, scene_at, scene_pairs
 from .sources import PAIRS_AN_IMAGE
 from .text import BPE, CLIPBPE

@@ -10,7 +10,6 @@ __all__ = ['TRANSFORM', 'CAPTION_SETS', 'image_tokenizer_digest', 'text_tokenize
 
 # %% ../nbs/14_token_cache.ipynb #549b13e5
 import contextlib, dataclasses, hashlib, json, queue, tempfile, threading, time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

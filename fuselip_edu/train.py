@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from .batches import BadItems, Reader, SourcePairs, Unreadable, grouped_batches, open_data, origins, parse_share, readable_groups, tokenize_pairs
 from .contrastive import sigmoid_loss, softmax_loss

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from fuselip_edu import titok
 from fuselip_edu.core import read_weights, write_json
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig, model_card
-from fuselip_edu.text import BPE, CLIPBPE
+from fuselip_edu.text import BPE
 from fuselip_edu.titok import PUBLISHED, PixelDecoder, TiTok, TiTokConfig, encoder_config, published_config
 
 S128, BL128 = PUBLISHED

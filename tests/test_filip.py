@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fuselip_edu import filip as f
 from fuselip_edu.baselines import load_model
 from fuselip_edu.cli import main
-from fuselip_edu.distributed import World, average_gradients, init_distributed
+from fuselip_edu.distributed import init_distributed
 from fuselip_edu.evaluate import rank_queries, score_queries
 from fuselip_edu.pairs import Item, Query
 from fuselip_edu.shapes import render, scene_at
@@ -171,7 +171,6 @@ def test_an_items_tokens_do_not_depend_on_its_batch(models, kind):
 
 
 def test_sizes_are_those_of_the_others():
-    from fuselip_edu.baselines import BASELINE_PRESETS, build_baseline
     from fuselip_edu.train import PRESETS, build
     trained = lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)
     config = f.FILIP_PRESETS["tiny-filip"]

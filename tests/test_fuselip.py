@@ -1,5 +1,5 @@
 "Sequences and the encoder against their own promises; the original's numbers are in test_parity.py."
-import json, random, subprocess, sys, warnings
+import random, subprocess, sys, warnings
 from types import SimpleNamespace
 
 import pytest
@@ -117,7 +117,7 @@ def test_padding_and_packing_do_not_matter(model, batch):
 
 def the_original_written_out(encoder, ids):
     "Cut at the last of the first ends, hide every id 0, pool at the first end; no lengths, no packing."
-    vocab, ends = encoder.vocab, torch.tensor([row.index(encoder.vocab.eot) for row in ids.tolist()])
+    ends = torch.tensor([row.index(encoder.vocab.eot) for row in ids.tolist()])
     ids = ids[:, :int(ends.max()) + 1]
     x = encoder.token_embedding(ids) + encoder.positional_embedding[:ids.shape[1]]
     for block in encoder.transformer.resblocks:

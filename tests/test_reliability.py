@@ -15,7 +15,6 @@ import tarfile
 import time
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +31,6 @@ from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
 from fuselip_edu.token_cache import CachedPairs, cache_plan, tokenize_source
 from fuselip_edu.train import TrainConfig, load_checkpoint, make_optimizer, save_checkpoint, train
-from fuselip_edu.vocab import ItemTokenizer
 
 SERVER = multiprocessing.get_context("forkserver")  # children begin with everything imported, so that a kill costs no start
 SERVER.set_forkserver_preload(["fuselip_edu.train", "fuselip_edu.token_cache"])
