@@ -202,7 +202,7 @@ class TokenizedItems:
     @property
     def image_size(self): return self.image_tokenizer.config.image_size
 
-    def collate(self, items) -> dict: # list of `Item` -> {"ids": (n, L) int64, "lengths": (n,)}, what `forward` takes
+    def collate(self, items) -> dict: # list of `Item` -> {"ids": (n, L) int64, "lengths": (n,)}, on the CPU, what `forward` takes
         return dict(zip(("ids", "lengths"), pad_sequences(self.item_tokenizer(items))))
 
     def places(self, items) -> list: # list of `Item` -> their sequences with code 0 for every code, for models that look at the pictures themselves (chapters 19 and 20)

@@ -667,7 +667,7 @@ class BlockedFusion:
     ): self.model, self.layers, self.image_size = model, layers, model.image_size
 
     @torch.no_grad()
-    def forward(self, ids, lengths): # (b, n), (b,) -> (b, width), unit vectors
+    def forward(self, ids, lengths): # (b, n), (b,), on the model's device -> (b, width), unit vectors
         model, real = self.model, key_mask(lengths, ids.shape[1])
         apart, x = modality_mask(ids, lengths, model.vocab), model.token_embedding(ids) + model.positional_embedding[:ids.shape[1]]
         for layer, block in enumerate(model.transformer.resblocks): x = block(x, apart if layer < self.layers else real)
@@ -678,7 +678,8 @@ class BlockedFusion:
         joint = [row for row, item in enumerate(items) if item.image is not None and item.text]
         for start in range(0, len(joint), batch_size):
             rows = joint[start:start + batch_size]
-            vectors[rows] = self.forward(**self.model.collate([items[row] for row in rows]))
+            inputs = self.model.collate([items[row] for row in rows])
+            vectors[rows] = self.forward(**{name: value.to(self.model.device) for name, value in inputs.items()}).cpu()
         return vectors
 
 # %% ../nbs/21_reproduce.ipynb #7805612d
@@ -688,13 +689,12 @@ def image_attention(
     items # list of `Item` with image and text
 ) -> torch.Tensor: # (layers, b, n_codes of an image), mean over heads and words
     "How much attention the words of each item pay to each code of its image, layer by layer."
-    inputs = model.collate(items)
-    ids, lengths = inputs["ids"], inputs["lengths"]
+    ids, lengths = (value.to(model.device) for value in model.collate(items).values())
     hidden = model.token_embedding(ids) + model.positional_embedding[:ids.shape[1]]
     maps = model.transformer.attention(hidden, key_mask(lengths, ids.shape[1])).mean(2)  # (layers, b, n, n)
     codes = ids >= model.vocab.first_code  # (b, n)
-    words = ~codes & (torch.arange(ids.shape[1]) < lengths[:, None] - 1)
-    return torch.stack([maps[:, row, words[row]][:, :, codes[row]].mean(1) for row in range(len(items))], 1)
+    words = ~codes & (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None] - 1)
+    return torch.stack([maps[:, row, words[row]][:, :, codes[row]].mean(1) for row in range(len(items))], 1).cpu()
 
 
 def fusion(
