@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .batches import SourcePairs
-from .core import pick_device, provenance, seed_everything
+from .core import keep_memory, pick_device, provenance, seed_everything
 from .fuselip import FuseLIP
 from .kernel import attend_at_once, attend_in_tiles, attend_on
 from .shapes import render, scene_at, scene_pairs
@@ -96,6 +96,7 @@ class Rung:
     cached: bool = False  # from a token cache; otherwise tokenized in every step
     packed: bool = False  # sequences end to end; otherwise padded to the longest
     fused: bool = False  # the optimiser in one kernel
+    kept: bool = False  # freed memory stays with the process, on a CPU
     chunk: int = 0  # of the losses
     precision: str = "fp32"  # or tf32, products in 19 bits; or bf16; or bf16-stream, between the blocks, too
     tiles: bool = False  # attention by the kernel of this book, in half precision on a GPU
@@ -113,6 +114,7 @@ def ladder(
     step("tokenized once", cached=True)
     step("packed", packed=True)
     step("fused AdamW", fused=True)
+    if not on_gpu: step("memory kept", kept=True)
     chunk = 4096 if on_gpu else 64
     step(f"losses in chunks of {chunk:,}", chunk=chunk)
     if on_gpu:
@@ -147,8 +149,9 @@ def climbing(model, rung, blocks): # the model as a rung has it, and afterwards 
     model.forward, model.attend = functools.partial(model.forward, packed=rung.packed), attend_at_once if attend_on(model.device) is attend_in_tiles and not rung.tiles else None
     model.transformer.stream, model.transformer.resblocks = torch.bfloat16 if rung.precision == "bf16-stream" else None, blocks
     matmul.allow_tf32 = rung.precision == "tf32"
+    keep_memory(rung.kept)
     try: yield
-    finally: model.forward, model.attend, model.transformer.stream, model.transformer.resblocks, matmul.allow_tf32 = before
+    finally: keep_memory(False); model.forward, model.attend, model.transformer.stream, model.transformer.resblocks, matmul.allow_tf32 = before
 
 
 def measured(model, batch): # what a step on a batch came to, beside its time
@@ -232,13 +235,16 @@ def benchmark(
         tokenize_source(source, model.item_tokenizer, folder, cache_plan(source, model.item_tokenizer, "mixed shapes"), workers=workers)
         tokenizing = time.perf_counter() - started
         sources = {"live": SourcePairs(source, model, workers=workers), "cached": CachedPairs(folder, model.item_tokenizer, by_pair=False)}
-        climbers, rates = [Climber(rung, model, sources, batches, config) for rung in ladder(device)], {}
+        climbers, ways = [Climber(rung, model, sources, batches, config) for rung in ladder(device)], {"fp32": {}, "tf32": {"tf32": True}, "bf16": {"dtype": torch.bfloat16}}
+        found = {kind: [] for kind in (ways if device.type == "cuda" else ("fp32",))}  # rates of products, in the same turns
         for number in range(steps + 1):
-            for name_of, way in {"fp32": {}, "tf32": {"tf32": True}, "bf16": {"dtype": torch.bfloat16}}.items() if device.type == "cuda" else (("fp32", {}),):
-                rates[name_of] = max(rates.get(name_of, 0.0), matmul_rate(device, **way))
-            for climber in climbers: climber.climb(number)
+            for climber in climbers:
+                if climber is climbers[0] or device.type == "cpu":  # whose neighbours slow it down
+                    for kind, seen in found.items(): seen.append(matmul_rate(device, **ways[kind]))
+                climber.climb(number)
         for climber in climbers: list(climber.data)  # the cache is read to its end before its folder goes
-    return {"preset": name, "command": command, "batch_size": batch_size, "steps": steps, "threads": torch.get_num_threads(), "rates": rates, "tokenizing_seconds": tokenizing,
+    rates, usual = ({kind: choose(values) for kind, values in found.items()} for choose in (max, statistics.median))
+    return {"preset": name, "command": command, "batch_size": batch_size, "steps": steps, "threads": torch.get_num_threads(), "rates": rates, "usual_rates": usual, "tokenizing_seconds": tokenizing,
             "rungs": [summarise_rung(climber, rates) for climber in climbers]} | provenance(device)
 
 

@@ -22,7 +22,7 @@ import torch
 
 from .batches import BadItems, Reader, SourcePairs, Unreadable, grouped_batches, open_data, origins, parse_share, readable_groups, tokenize_pairs
 from .contrastive import sigmoid_loss, softmax_loss
-from .core import atomic_path, json_lines, pick_device, save_tensors, seed_everything, sent, write_json
+from .core import atomic_path, json_lines, keep_memory, pick_device, save_tensors, seed_everything, sent, write_json
 from .distributed import World, average_gradients, broadcast_parameters, full, gather_objects, gather_parameters, gather_rows, gather_values, piece_like, shard_parameters, sharded_sigmoid_loss
 from .fuselip import FuseLIP, FuseLIPConfig
 from .masking import mask_tokens, masked_loss, masked_loss_of_states
@@ -463,6 +463,7 @@ def prepare_device(model, config, world): # the model where it is trained, with 
     model.to(world.device if world.size > 1 else pick_device(config.device)).train()
     on_gpu = model.device.type == "cuda"
     if on_gpu: torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    else: keep_memory()
     check_model(model, config)
     if hasattr(model, "transformer"): model.transformer.stream = torch.bfloat16 if config.precision == "bf16-stream" else None
     if config.compiled:

@@ -40,6 +40,23 @@ def test_devices():
         with pytest.raises(ValueError, match="use auto, cpu"): core.pick_device(unknown)
 
 
+def test_memory_that_is_kept_need_not_be_brought_again(monkeypatch):
+    code = """if True:
+        import resource, torch
+        from fuselip_edu.core import keep_memory
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(8): torch.empty(2**24).fill_(1.0)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        for keep in (None, True, False): print(keep if keep is None else keep_memory(keep), min(faults() for _ in range(4)))"""
+    said = [line.split() for line in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()]
+    if said[1][0] == "True": assert int(said[1][1]) < int(said[0][1]) / 5 and int(said[2][1]) > 5 * int(said[1][1])
+    def refuse(name): raise TypeError("no name")
+    for nothing in (lambda name: object(), refuse):  # a Mac has no such function, and Windows no library without a name
+        monkeypatch.setattr(core.ctypes, "CDLL", nothing)
+        assert core.keep_memory() is False
+
+
 # ---- images
 
 WRITABLE = {"png": ("RGB", "L", "P", "RGBA", "LA", "1", "I;16"), "jpeg": ("RGB", "L", "CMYK"), "webp": ("RGB", "RGBA"),

@@ -40,6 +40,7 @@ def test_every_rung_changes_one_thing_and_computes_the_same():
     found = s.benchmark("tiny", "cpu", steps=1, batch_size=8)
     assert [rung["name"] for rung in found["rungs"]] == [rung.name for rung in s.ladder(torch.device("cpu"))]
     for rung in found["rungs"]: assert rung["pairs_per_second"] > 0 and 0 < rung["utilisation"] < 1 and 0 <= rung["data_wait"] < 1
+    assert found["rates"].keys() == found["usual_rates"].keys() == {"fp32"} and found["usual_rates"]["fp32"] <= found["rates"]["fp32"]
     assert found["rungs"][0]["data_wait"] > found["rungs"][1]["data_wait"] and len({round(rung["tokens_per_second"] / rung["pairs_per_second"], 6) for rung in found["rungs"]}) == 1
     assert s.ladder_table(found).count("\n") == 1 + len(found["rungs"]) and s.projection_table(found).count("\n") == 3
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fuselip_edu.batches
+import fuselip_edu.train
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
 from fuselip_edu.sources import ShapesSource, source_groups
 from fuselip_edu.batches import BadItems, SourcePairs, grouped_batches, origins, tokenize_pairs
@@ -42,6 +43,13 @@ def weights(model): return torch.cat([p.flatten() for p in model.parameters() if
 def test_one_seed_gives_one_run(pairs):
     one, two, other = (train(small_model(), pairs, settings(seed=seed)) for seed in (0, 0, 1))
     assert one == two and one != other
+
+
+def test_a_cpu_keeps_the_memory_of_its_steps(pairs, monkeypatch):
+    told = []
+    monkeypatch.setattr(fuselip_edu.train, "keep_memory", lambda: told.append(True))
+    train(small_model(), pairs, settings(steps=1, warmup_steps=0))
+    assert told
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
