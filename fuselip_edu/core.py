@@ -49,17 +49,18 @@ def sent(
 
 # %% ../nbs/00_core.ipynb #d8252a5e
 def keep_memory(
-    keep:bool=True # False: give back what is free, and from now on blocks of more than 32 MiB, which is what happens without
-) -> bool: # whether this system's memory can be told; glibc's can
-    "From now on this process keeps the memory that it frees, for whoever asks next."
+    keep:bool=True # False: return now what is free, and large blocks when they are freed, about as by default
+) -> bool: # True if the C library took the settings; only glibc, Linux's usual one, has them
+    "From now on, and in all of this process, memory that is freed is kept for whoever asks next."
     try:
-        library = ctypes.CDLL(None)
-        tell, give_back = library.mallopt, library.malloc_trim
+        libc = ctypes.CDLL(None)
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
     except (AttributeError, OSError, TypeError): return False
-    trim_threshold, mmap_threshold = -1, -3  # the names that glibc's malloc.h has for them
-    told = tell(mmap_threshold, 2**30 if keep else 2**25) and tell(trim_threshold, 2**31 - 1 if keep else 2**26)
-    if not keep: give_back(0)
-    return bool(told)
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # the numbers that malloc.h has for these names
+    if keep: return mallopt(mmap_max, 0) + mallopt(trim_threshold, -1) == 2  # no block of its own for anything; never trim
+    taken = mallopt(mmap_max, 2**16) + mallopt(mmap_threshold, 2**25) + mallopt(trim_threshold, 2**26)
+    malloc_trim(0)
+    return taken == 3
 
 # %% ../nbs/00_core.ipynb #26ed627c
 @contextlib.contextmanager

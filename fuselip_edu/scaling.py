@@ -114,7 +114,7 @@ def ladder(
     step("tokenized once", cached=True)
     step("packed", packed=True)
     step("fused AdamW", fused=True)
-    if not on_gpu: step("memory kept", kept=True)
+    if not on_gpu: step("memory kept", kept=True)  # the rungs after it, too: `benchmark` changes it once a turn
     chunk = 4096 if on_gpu else 64
     step(f"losses in chunks of {chunk:,}", chunk=chunk)
     if on_gpu:
@@ -149,9 +149,8 @@ def climbing(model, rung, blocks): # the model as a rung has it, and afterwards 
     model.forward, model.attend = functools.partial(model.forward, packed=rung.packed), attend_at_once if attend_on(model.device) is attend_in_tiles and not rung.tiles else None
     model.transformer.stream, model.transformer.resblocks = torch.bfloat16 if rung.precision == "bf16-stream" else None, blocks
     matmul.allow_tf32 = rung.precision == "tf32"
-    keep_memory(rung.kept)
     try: yield
-    finally: keep_memory(False); model.forward, model.attend, model.transformer.stream, model.transformer.resblocks, matmul.allow_tf32 = before
+    finally: model.forward, model.attend, model.transformer.stream, model.transformer.resblocks, matmul.allow_tf32 = before
 
 
 def measured(model, batch): # what a step on a batch came to, beside its time
@@ -166,7 +165,8 @@ class Climber:
         self.rung, self.model, self.rows = rung, model, []
         self.config = dataclasses.replace(config, chunk=rung.chunk, precision=rung.precision, compiled=rung.compiled, accumulation=rung.parts)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=1e-6, betas=(0.9, 0.98), fused=rung.fused, foreach=False if not rung.fused else None)
-        self.coming, self.repeats = None, 3 if rung.precision.startswith("bf16") else 1  # short steps, of which a round makes more
+        self.idle = int(rung.kept)  # steps of a round that do not count: memory must be there before it can be kept
+        self.coming, self.repeats = None, self.idle + (3 if rung.precision.startswith("bf16") else 1)  # short steps, of which a round makes more
         self.data = sources["cached"].batches([batch for batch in batches for _ in range(self.repeats)] + batches[-1:]) if rung.cached else sources["live"].batches(batches)
         self.blocks = model.transformer.resblocks if not rung.compiled else torch.nn.ModuleList(torch.compile(block, dynamic=True) for block in model.transformer.resblocks)
 
@@ -202,7 +202,7 @@ class Climber:
         return measured(self.model, batch) | {"seconds": seconds, "waited": waited}
 
     def climb(self, number): # one round, of which the first is not counted
-        self.rows += [{"round": number} | self.step() for _ in range(self.repeats)]
+        self.rows += [{"round": number if turn >= self.idle else 0} | self.step() for turn in range(self.repeats)]
 
 
 # %% ../nbs/22_scaling.ipynb #c7098a2f
@@ -235,15 +235,17 @@ def benchmark(
         tokenize_source(source, model.item_tokenizer, folder, cache_plan(source, model.item_tokenizer, "mixed shapes"), workers=workers)
         tokenizing = time.perf_counter() - started
         sources = {"live": SourcePairs(source, model, workers=workers), "cached": CachedPairs(folder, model.item_tokenizer, by_pair=False)}
-        climbers, ways = [Climber(rung, model, sources, batches, config) for rung in ladder(device)], {"fp32": {}, "tf32": {"tf32": True}, "bf16": {"dtype": torch.bfloat16}}
-        found = {kind: [] for kind in (ways if device.type == "cuda" else ("fp32",))}  # rates of products, in the same turns
+        climbers = [Climber(rung, model, sources, batches, config) for rung in ladder(device)]
+        ways = {"fp32": {}} | ({"tf32": {"tf32": True}, "bf16": {"dtype": torch.bfloat16}} if device.type == "cuda" else {})
+        seen = {kind: [] for kind in ways}  # rates of products
         for number in range(steps + 1):
             for climber in climbers:
-                if climber is climbers[0] or device.type == "cpu":  # whose neighbours slow it down
-                    for kind, seen in found.items(): seen.append(matmul_rate(device, **ways[kind]))
+                if climber is climbers[0] or device.type == "cpu":  # a CPU is often shared, so its limit is measured before every rung
+                    for kind, way in ways.items(): seen[kind].append(matmul_rate(device, **way))
+                if climber is climbers[0] or climber.rung.kept: keep_memory(climber.rung.kept)
                 climber.climb(number)
         for climber in climbers: list(climber.data)  # the cache is read to its end before its folder goes
-    rates, usual = ({kind: choose(values) for kind, values in found.items()} for choose in (max, statistics.median))
+    rates, usual = ({kind: choose(values) for kind, values in seen.items()} for choose in (max, statistics.median))
     return {"preset": name, "command": command, "batch_size": batch_size, "steps": steps, "threads": torch.get_num_threads(), "rates": rates, "usual_rates": usual, "tokenizing_seconds": tokenizing,
             "rungs": [summarise_rung(climber, rates) for climber in climbers]} | provenance(device)
 

@@ -45,18 +45,21 @@ class Elsewhere(torch.Tensor):
 def compute(operation, args, kwargs): # on the CPU; the result is where a real device would leave it
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
     away = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
-    strangers = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.ndim]  # single numbers may come from the CPU
-    if operation in INDEXING and isinstance(args[0], Elsewhere): strangers = [tensor for tensor in strangers if any(tensor is value for value in args[2:3])]
+    changed = operation._schema.arguments[0].alias_info if args and isinstance(args[0], torch.Tensor) else None
+    in_place = changed is not None and changed.is_write
+    joined = operation in (aten.cat.default, aten.stack.default)
+    strangers = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and (tensor.ndim or joined or in_place and tensor is args[0])]  # a single number may come from the CPU, to be read
+    if operation in INDEXING and isinstance(args[0], Elsewhere): strangers = [tensor for tensor in strangers if len(args) > 2 and tensor is args[2]]  # values to be put must be there
     if away and strangers and operation not in CROSSING:
         raise RuntimeError(f"{operation} of two devices: {[tuple(tensor.shape) for tensor in strangers]} lie on the CPU")
     if operation is aten._fused_sdp_choice.default: return 0  # attention written out
     leaves = elsewhere(kwargs["device"]) if kwargs.get("device") is not None else bool(away)
     at_home = lambda values: tree_map_only(Elsewhere, lambda tensor: tensor.here, tree_map_only(torch.device, lambda device: torch.device("cpu"), values))
     result = operation(*at_home(args), **at_home({name: value for name, value in kwargs.items() if name != "pin_memory"}))
-    first = operation._schema.arguments[0].alias_info if args else None
-    if first and first.is_write and isinstance(args[0], torch.Tensor): return args[0]  # in place
+    if in_place: return args[0]
+    if not leaves: return result
     same = {id(tensor.here): tensor for tensor in away}
-    return tree_map_only(torch.Tensor, lambda tensor: same[id(tensor)] if id(tensor) in same else Elsewhere(tensor), result) if leaves else result
+    return tree_map_only(torch.Tensor, lambda tensor: same[id(tensor)] if id(tensor) in same else Elsewhere(tensor), result)
 
 
 class Backend(backend_registration._DummyBackendModule if READY else object):
@@ -67,13 +70,14 @@ class Backend(backend_registration._DummyBackendModule if READY else object):
 def install():
     "Make `elsewhere` a device in this process, for `pick_device` and so for every command, too."
     backend_registration._setup_privateuseone_for_python_backend("elsewhere", Backend())
-    everything, numbers, tensor = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL"), torch.tensor
+    everything, numbers = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    kept.extend((everything, numbers))
     everything.fallback(lambda operation, *args, **kwargs: compute(operation, args, kwargs), "PrivateUse1")
     for name in ("arange", "arange.start", "arange.start_step"):  # which PyTorch makes by resizing
         numbers.impl(name, lambda *args, device=None, pin_memory=None, **kwargs: Elsewhere(torch.arange(*args, **{key: value for key, value in kwargs.items() if value is not None})), "PrivateUse1")
-    torch.tensor = lambda *args, device=None, **kwargs: tensor(*args, **kwargs).to(device) if elsewhere(device) else tensor(*args, device=device, **kwargs)
+    plain_tensor = torch.tensor
+    torch.tensor = lambda *args, device=None, **kwargs: plain_tensor(*args, **kwargs).to(device) if elsewhere(device) else plain_tensor(*args, device=device, **kwargs)
     for module in pkgutil.iter_modules(fuselip_edu.__path__):
         if module.name == "__main__": continue
         module = importlib.import_module(f"fuselip_edu.{module.name}")
         if getattr(module, "pick_device", None) is pick_device: module.pick_device = lambda name="auto": torch.device(name) if elsewhere(name) else pick_device(name)
-    kept.extend((everything, numbers))

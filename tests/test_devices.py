@@ -52,14 +52,15 @@ def exam(): return {name: queries[:12] for name, queries in shapes_tasks(20, 0, 
 def mixed(place):
     "What each attempt says."
     said, far, near = [], torch.ones(3).to(place), torch.ones(3)
-    for attempt in (lambda: far + near, lambda: far * 2, lambda: torch.nn.Linear(3, 2)(far), lambda: far.numpy(), lambda: far.double(), lambda: far[torch.tensor([0, 2])], lambda: far.cpu().numpy()):
+    for attempt in (lambda: far + near, lambda: far * 2, lambda: torch.nn.Linear(3, 2)(far), lambda: far.numpy(), lambda: far.double(), lambda: far[torch.tensor([0, 2])], lambda: far.cpu().numpy(),
+                    lambda: torch.zeros(()).add_(far.sum()), lambda: far + torch.ones(()), lambda: torch.stack([far.sum(), torch.ones(())])):
         try: said.append(float(attempt().sum()))
         except (RuntimeError, TypeError) as error: said.append(type(error).__name__)
     return said
 
 
 def test_the_device_refuses_what_a_gpu_refuses(apart):
-    assert apart(mixed, "elsewhere") == ["RuntimeError", 6, "RuntimeError", "TypeError", "TypeError", 2, 3]
+    assert apart(mixed, "elsewhere") == ["RuntimeError", 6, "RuntimeError", "TypeError", "TypeError", 2, 3, "RuntimeError", 6, "RuntimeError"]
 
 
 def losses(changes, folder):
@@ -68,8 +69,10 @@ def losses(changes, folder):
     for place in PLACES:
         config = TrainConfig(**({"steps": 4, "batch_size": 16, "warmup_steps": 1, "mask_probability": 0.1, "log_every": 1, "checkpoint_every": 2, "precision": "fp32", "device": place} | changes))
         found.append([row["loss"] for row in train(fresh(), pairs, config, folder / place)])
-    for last in (folder / place / "checkpoints").glob("step-00000004.*"): last.unlink()
-    found.append([row["loss"] for row in train(fresh(), pairs, config, folder / place, resume=True)])
+    last = list((folder / "elsewhere" / "checkpoints").glob("step-00000004.*"))
+    assert len(last) == 2
+    for path in last: path.unlink()
+    found.append([row["loss"] for row in train(fresh(), pairs, config, folder / "elsewhere", resume=True)])
     return found
 
 
@@ -82,20 +85,22 @@ def test_training_is_that_of_a_cpu(apart, tmp_path, changes):
 
 def trial(name, folder):
     "Losses and answers of a model from its data to its exam, on either device."
-    found = []
+    found, answers = [], []
     for place in PLACES:
         config = preset(name, ALL_PRESETS)
         config.scenes, config.train = 12, dataclasses.replace(config.train, steps=3, batch_size=8, warmup_steps=1, log_every=1, device=place, precision="fp32")
         result = run_trial(config, folder / place, exam(), {"tgit": exam()["tgit"]}, 1)
         found.append([json.loads(line)["loss"] for line in (folder / place / "metrics.jsonl").read_text().splitlines()] + [result["flops_per_pair"] / 1e8])
-    return found, result
+        answers.append("".join(result["answers"].values()))
+    return found, answers, result
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-sf", "tiny-mlf", "tiny-filip", "tiny-filip-patches", "tiny-ett", "tiny-vectors"])
 def test_every_model_goes_its_whole_way(apart, tmp_path, name):
-    (plain, there), result = apart(trial, name, tmp_path)
+    (plain, there), answers, result = apart(trial, name, tmp_path)
     close(there, plain, 0.02)  # its pictures were tokenized there, and a code that is nearly another may be the other
     assert result["answers"].keys() == exam().keys() and result["curve"]
+    assert sum(one == other for one, other in zip(*answers)) > 0.7 * len(answers[0])
 
 
 def looks(place):
@@ -119,17 +124,19 @@ def tokens(place):
 @pytest.mark.parametrize("work", [looks, tokens])
 def test_what_is_done_with_a_model(apart, work):
     here, there = work("cpu"), apart(work, "elsewhere")
-    for name, value in here.items(): assert float(((there[name] - value).abs() < 1e-3).float().mean()) > 0.7, name  # a code may be another there, and so a picture's row
+    for name, value in here.items():  # a code may be another there, and so a picture's row, and the answer to one of twelve queries
+        assert float(((there[name] - value).abs() < (0.2 if name in ("accuracies", "blocked") else 1e-3)).float().mean()) > 0.7, name
 
 
 def tokenizers(place, folder):
     "Trained with a pause, starved, reported on."
-    recipe = TokenizerTrainConfig(steps=10, batch_size=4, free_steps=4, warmup_steps=1, log_every=1)
+    recipe = TokenizerTrainConfig(steps=8, batch_size=4, free_steps=3, warmup_steps=1, log_every=1)
     tokenizer = fresh().image_tokenizer.to(place)
-    rows = train_tokenizer(tokenizer, pictures(20), recipe, keep=folder / "half")  # kept after five and ten steps
+    rows = train_tokenizer(tokenizer, pictures(20), recipe, keep=folder / "half")  # as it was after five steps of the eight
     again = train_tokenizer(fresh().image_tokenizer.to(place), pictures(20), recipe, keep=folder / "half")
     starved = starve(tokenizer, 8, pictures(20), dataclasses.replace(recipe, steps=2, free_steps=1))
-    return [row["error"] for row in rows], [row["error"] for row in again], [tokenizer_report(one, pictures(10))["error"] for one in (tokenizer, starved)]
+    assert (folder / "half").exists() and again == rows
+    return [row["error"] for row in rows], [tokenizer_report(one, pictures(10))["error"] for one in (tokenizer, starved)]
 
 
 def test_a_tokenizer_is_trained(apart, tmp_path):

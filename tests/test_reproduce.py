@@ -419,10 +419,11 @@ def test_and_keeps_up_elsewhere(task, committed):
     assert rows["fuselip"] > max(rows.values()) - 0.06
 
 
-def test_flips_jump_inside_the_committed_run(committed):
-    "From two seeds at least, by a fifth of all queries from one point of the curve to the next, to nearly nine in ten; no late-fusion model comes to half."
+def test_flips_are_learned_inside_the_committed_run(committed):
+    "From every seed to two in three at least, and from one in a jump, by a fifth of all queries from one point of the curve to the next, to nine in ten; no late-fusion model comes to half."
     curves = {model: [[row["tgit: flip"] for row in curve] for curve in found["curves"]] for model, found in committed["models"].items()}
-    assert sum(max(after - before for before, after in zip(curve, curve[1:])) > 0.19 and curve[-1] > 0.85 for curve in curves["fuselip"]) >= 2
+    assert sum(max(after - before for before, after in zip(curve, curve[1:])) > 0.19 and curve[-1] > 0.9 for curve in curves["fuselip"]) >= 1
+    assert min(curve[-1] for curve in curves["fuselip"]) > 0.66
     assert max(max(curve) for model in ("sf", "mlf") for curve in curves[model]) < 0.5
 
 
