@@ -49,7 +49,7 @@ def sent(
 
 # %% ../nbs/00_core.ipynb #d8252a5e
 def keep_memory(
-    keep:bool=True # False: return now what is free, and large blocks when they are freed, about as by default
+    keep:bool=True # False: return now what is free, and from now on large blocks, about as by default; holes between blocks that are in use remain
 ) -> bool: # True if the C library took the settings; only glibc, Linux's usual one, has them
     "From now on, and in all of this process, memory that is freed is kept for whoever asks next."
     try:

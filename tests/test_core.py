@@ -49,10 +49,12 @@ def test_memory_that_is_kept_need_not_be_brought_again(monkeypatch):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(8): torch.empty(2**24).fill_(1.0)
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        for keep in (None, True, False): print(keep if keep is None else keep_memory(keep), min(faults() for _ in range(4)))"""
+        print(None, min(faults() for _ in range(4)))
+        print(keep_memory(), min(faults() for _ in range(4)))
+        print(keep_memory(False))"""
     said = [line.split() for line in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()]
-    if said[1][0] == "True" and platform.machine() == "x86_64":  # elsewhere PyTorch may have an allocator of its own
-        assert int(said[1][1]) < int(said[0][1]) / 5 and int(said[2][1]) > 5 * int(said[1][1])
+    assert said[1][0] == said[2][0]
+    if said[1][0] == "True" and platform.machine() == "x86_64": assert int(said[1][1]) < int(said[0][1]) / 5  # elsewhere PyTorch may have an allocator of its own
     def refuse(name): raise TypeError("no name")
     for nothing in (lambda name: object(), refuse):  # a Mac has no such function, and Windows no library without a name
         monkeypatch.setattr(core.ctypes, "CDLL", nothing)
