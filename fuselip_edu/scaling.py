@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'STAYS_CAPTION', 'EPOCHS', 'matmul_rate', 'model_flops', 'MixedShapes', 'Rung', 'ladder', 'reset_peak',
-           'peak_memory', 'climbing', 'measured', 'Climber', 'benchmark_model', 'benchmark', 'summarise_rung',
+           'peak_memory', 'climbing', 'measured', 'Climber', 'benchmark_model', 'summarise_rung', 'benchmark',
            'ladder_table', 'projection_table', 'recipe_hours']
 
 # %% ../nbs/22_scaling.ipynb #aaf766db
@@ -216,6 +216,15 @@ def benchmark_model(name, device): # a preset, or fuselip-s, fuselip-b -> a `Fus
     text = CLIPBPE() if not config.text_vocab else BPE.train([item.text for index in range(300) for pair in mixed[index] for item in (pair.left, pair.right) if item.text], config.text_vocab)
     return FuseLIP(config.encoder, image_tokenizer, text).to(device).train()
 
+# %% ../nbs/22_scaling.ipynb #336ef952
+def summarise_rung(climber, rates): # of its counted steps
+    middle = lambda values: statistics.median(list(values))
+    rows = [row for row in climber.rows if row["round"]]
+    seconds = middle(row["seconds"] for row in rows)
+    total = lambda key: sum(row[key] for row in rows) / len(rows)
+    return {"name": climber.rung.name, "parts": climber.config.accumulation, "pairs_per_second": total("pairs") / seconds, "tokens_per_second": total("tokens") / seconds, "utilisation": total("flops") / seconds / rates[climber.rung.precision.split("-")[0]],
+            "data_wait": sum(row["waited"] for row in rows) / sum(row["seconds"] for row in rows), "memory": max((row["memory"] for row in rows if row["memory"]), default=None), "seconds": seconds}
+
 # %% ../nbs/22_scaling.ipynb #769b1c69
 def benchmark(
     name:str="tiny", # a preset, or fuselip-s, fuselip-b
@@ -249,14 +258,6 @@ def benchmark(
     return {"preset": name, "command": command, "batch_size": batch_size, "steps": steps, "threads": torch.get_num_threads(), "rates": rates, "usual_rates": usual, "tokenizing_seconds": tokenizing,
             "rungs": [summarise_rung(climber, rates) for climber in climbers]} | provenance(device)
 
-
-def summarise_rung(climber, rates): # of its counted steps
-    middle = lambda values: statistics.median(list(values))
-    rows = [row for row in climber.rows if row["round"]]
-    seconds = middle(row["seconds"] for row in rows)
-    total = lambda key: sum(row[key] for row in rows) / len(rows)
-    return {"name": climber.rung.name, "parts": climber.config.accumulation, "pairs_per_second": total("pairs") / seconds, "tokens_per_second": total("tokens") / seconds, "utilisation": total("flops") / seconds / rates[climber.rung.precision.split("-")[0]],
-            "data_wait": sum(row["waited"] for row in rows) / sum(row["seconds"] for row in rows), "memory": max((row["memory"] for row in rows if row["memory"]), default=None), "seconds": seconds}
 
 # %% ../nbs/22_scaling.ipynb #1d8e7ca0
 def ladder_table(

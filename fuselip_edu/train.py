@@ -9,9 +9,9 @@ __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'FREE', 'TrainConfig', '
            'total_loss', 'loss_values', 'backward', 'trained_parameters', 'save_checkpoint', 'checked_step',
            'load_checkpoint', 'seconds_trained', 'progress_line', 'RunLog', 'deferred_interrupt', 'update', 'share_of',
            'epoch_batches', 'steps_an_epoch', 'own_rows', 'batches_from', 'check_model', 'prepare_device',
-           'check_world', 'begin', 'train', 'suspects', 'not_finite', 'scheduled', 'scalars', 'finish', 'Config',
-           'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs', 'build',
-           'open_run', 'differences']
+           'check_world', 'begin', 'train', 'suspects', 'all_suspects', 'not_finite', 'scheduled', 'scalars', 'finish',
+           'Config', 'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs',
+           'build', 'open_run', 'differences']
 
 # %% ../nbs/16_train.ipynb #441e7993
 import contextlib, copy, dataclasses, functools, hashlib, itertools, json, math, signal, sys, threading, time
@@ -530,10 +530,7 @@ def train(
             losses = gather_values({**losses, "stop": float(stop)}, world)  # all processes stop, or none
             stop, done = losses.pop("stop") > 0, step + 1
             try: norm = update(model, optimizer, lr, config.grad_norm, losses["loss"])
-            except FloatingPointError as error:
-                pairs.epoch = step // steps_an_epoch(pairs, config)  # the next batch may be of another
-                found = gather_objects(suspects(model, batch, origins(pairs, shards)[share_of(config, world)[1]], config), world)
-                raise not_finite(error, step, main_folder, sum(found, [])) from None
+            except FloatingPointError as error: raise not_finite(error, step, main_folder, all_suspects(model, batch, pairs, shards, step, config, world)) from None
             log.step(done, {**{name: float(loss) for name, loss in losses.items()}, "lr": lr, **scalars(model), "grad_norm": norm}, stop)
             if done % config.log_every == 0 and hasattr(pairs, "bad"): pairs.bad.join(gather_objects(pairs.bad.reasons, world))
             if watch and (done % config.log_every == 0 or done == config.steps): watch(done, model)
@@ -555,7 +552,13 @@ def suspects(model, batch, items, config): # -> [{"item", "left", "right", "fini
     return [{"item": item, "left": left, "right": right, "finite": good} for item, left, right, good in zip(items, texts[:len(batch)], texts[len(batch):], finite)]
 
 
-def not_finite(error, step, run, found): # -> the error, with the pairs that it comes from; `found`: what `suspects` gives, of all processes
+def all_suspects(model, batch, pairs, shards, step, config, world): # the same, of the batches of all processes
+    pairs.epoch = step // steps_an_epoch(pairs, config)  # the next batch, which is made already, may be of another
+    items = origins(pairs, shards)[share_of(config, world)[1]]
+    return sum(gather_objects(suspects(model, batch, items, config), world), [])
+
+
+def not_finite(error, step, run, found): # -> the error, with the pairs that it comes from; `found`: of `all_suspects`
     broken = [row for row in found if not row["finite"]]
     items = ", ".join(str(row["item"]) for row in (broken or found)[:8]) + " …" * (len(broken or found) > 8)
     where = f"the embeddings of items {items} are not finite" if broken else f"the embeddings of all its items ({items}) are finite"
