@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/09_contrastive.ipynb #91121b1b
-def _check_pairs(left, right):
+def _check_pairs(left, right, same=None):
+    if not len(left): raise ValueError("a loss needs at least one pair; left is empty")
+    if same is not None and same.shape != (len(left), len(left)): raise ValueError(f"same must be ({len(left)}, {len(left)}), an entry for every combination, not {tuple(same.shape)}")
     if left.ndim != 2 or left.shape != right.shape:
         raise ValueError(f"left and right must both be (b, d), row i of one belonging to row i of the other; they are {tuple(left.shape)} and {tuple(right.shape)}")
 
@@ -29,7 +31,7 @@ def softmax_loss(
     same:torch.Tensor|None=None # (b, b), bool, False on the diagonal: True where pairs i and j share a side, so that left i and right j are no negatives
 ) -> torch.Tensor: # scalar, fp32 (fp64 for fp64 vectors)
     "Symmetric InfoNCE: each side picks its partner among all of the other side (CLIP)."
-    _check_pairs(left, right)
+    _check_pairs(left, right, same)
     logits = _logits(left, right, scale)  # (b, b)
     if same is not None: logits = logits.masked_fill(same, -torch.inf)
     target = torch.arange(len(left), device=left.device)
@@ -53,7 +55,7 @@ def sigmoid_loss(
     same:torch.Tensor|None=None # (b, b), bool, False on the diagonal: True where pairs i and j share a side, so that left i and right j are no negatives
 ) -> torch.Tensor: # scalar, fp32 (fp64 for fp64 vectors)
     "Every combination is its own yes-or-no question (SigLIP); the sum over all, divided by b."
-    _check_pairs(left, right)
+    _check_pairs(left, right, same)
     if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1 row, or None for all rows at once, not {chunk}")
     if chunk is None or chunk >= len(left): return _sigmoid_rows(left, right, scale, bias, same, 0) / len(left)
     total = sum(checkpoint(_sigmoid_rows, left[i:i + chunk], right, scale, bias, None if same is None else same[i:i + chunk], i, use_reentrant=False)

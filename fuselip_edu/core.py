@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['seed_everything', 'pick_device', 'sent', 'keep_memory', 'open_file', 'split_member', 'open_archive', 'has_alpha',
-           'over_white', 'resize_image', 'read_image', 'describe', 'load_image', 'show_images', 'atomic_path',
-           'write_json', 'json_lines', 'save_tensors', 'save_weights', 'read_weights', 'fit_weights', 'load_weights',
-           'progress', 'provenance']
+           'over_white', 'resize_image', 'read_image', 'describe', 'in_unit_range', 'load_image', 'show_images',
+           'atomic_path', 'write_json', 'json_lines', 'save_tensors', 'save_weights', 'read_weights', 'fit_weights',
+           'load_weights', 'progress', 'provenance']
 
 # %% ../nbs/00_core.ipynb #0dd7d01a
 import contextlib, ctypes, functools, importlib.util, io, json, os, random, shutil, sys, time, uuid, zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 # %% ../nbs/00_core.ipynb #4fd4a916
 def seed_everything(
-    seed:int # any integer
+    seed:int # -2⁶³ … 2⁶⁴ - 1
 ):
     "Seed Python, NumPy and torch, so that the same seed on the same machine gives the same numbers."
     random.seed(seed)
@@ -26,13 +27,14 @@ def seed_everything(
 
 # %% ../nbs/00_core.ipynb #38b79ab4
 def pick_device(
-    name:str="auto" # "auto", "cpu", "cuda", "cuda:1", "mps"
+    name:str|torch.device="auto" # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:
     "The named device, or with `auto` the fastest one present; `RuntimeError` if the machine lacks it, `ValueError` if the name is none."
     present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    name = str(name)
     if name == "auto": name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
     kind, _, number = name.partition(":")
-    if kind not in present or not (number or "0").isdecimal():
+    if kind not in present or not (number or "0").isdecimal() or name.endswith(":"):
         raise ValueError(f"no device is called {name!r}; use auto, cpu, cuda, cuda:1 or mps")
     if int(number or 0) >= present[kind]:
         raise RuntimeError(f"device {name!r} was asked for, but this machine does not have it; use cpu or auto")
@@ -110,7 +112,9 @@ def over_white(
 ):
     "The image as RGB, with white where it is transparent."
     from PIL import Image
-    if image.mode.startswith("I;16"): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # PIL would clip it at 255
+    wide = image.mode == "I" and image.format in ("PNG", "PPM")  # 16 bits a pixel, as older versions of PIL read them
+    if image.mode in ("I", "F") and not wide: raise ValueError("its pixels have 32 bits, and nothing tells what is white; save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I;16") or wide: image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # PIL would clip it at 255
     if not has_alpha(image): return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -143,8 +147,13 @@ def read_image(
 # %% ../nbs/00_core.ipynb #43f6617f
 def describe(value) -> str:
     "A short name of a wrong value, for error messages."
-    if hasattr(value, "shape"): return f"{type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"): return f"{type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
     return f"{type(value).__name__} {value!r}"[:80]
+
+
+def in_unit_range(pixels): # floats -> the same; `ValueError` if some lie outside [0, 1] or are no numbers
+    if pixels.numel() and not 0 <= pixels.amin() <= pixels.amax() <= 1: raise ValueError(f"pixels that are floats must lie in [0, 1], not in [{float(pixels.amin()):g}, {float(pixels.amax()):g}]; divide by 255, or give uint8")
+    return pixels
 
 
 def load_image(
@@ -159,7 +168,7 @@ def load_image(
     elif not isinstance(image, torch.Tensor) or image.ndim != 3 or len(image) != 3:
         raise TypeError(f"an image must be a PIL image, a path or a (3, h, w) tensor, not {describe(image)}")
     elif image.dtype == torch.uint8: pixels = image
-    elif image.is_floating_point(): pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    elif image.is_floating_point(): pixels = (in_unit_range(image) * 255).round().to(torch.uint8)
     else: raise TypeError(f"pixels must be uint8, or floats in [0, 1], not {image.dtype}; convert the tensor")
     fits = size is None or pixels.shape[1:] == (size, size)
     return pixels.contiguous() if fits else resize_image(pixels, size)
@@ -198,6 +207,8 @@ def atomic_path(
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
+        named = error.filename and os.fsdecode(error.filename)
+        if named and not named.startswith(str(temporary)) and Path(named) not in path.parents: raise  # of another file, which was to be read
         raise OSError(*filter(None, [error.errno]), f"could not write {str(path)!r}: {error.strerror or error}; nothing was changed there") from error
     finally:
         if os.path.isdir(temporary): shutil.rmtree(temporary, ignore_errors=True)
@@ -235,9 +246,11 @@ def save_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try: save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
         except SafetensorError as error: raise OSError(str(error)) from None
-        temporary.chmod(0o644)  # the library makes files that only their owner can read
+        temporary.chmod(mode)  # the library makes files that only their owner can read
 
 
 def save_weights(
@@ -327,7 +340,7 @@ def _declare_missing_torchvision_operators():
     "Let `torchvision` import beside a torch build that its compiled operators were not made for."
     spec = importlib.util.find_spec("torchvision")
     if spec is None or "torchvision" in sys.modules: return None
-    for library in Path(spec.origin).parent.glob("_C*.so"):
+    for library in (path for ending in EXTENSION_SUFFIXES for path in Path(spec.origin).parent.glob(f"_C*{ending}")):
         try:
             torch.ops.load_library(str(library))
             return None

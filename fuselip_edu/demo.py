@@ -103,7 +103,7 @@ def save_figures(
              "reconstructions": (reconstruction_figure(model.image_tokenizer, images), "Test scenes (above) and what the image tokenizer keeps of them (below)."),
              "similarity": (similarity_figure(model, [Item(image) for image in images], texts), "Images against captions of test scenes.")}
     for name, chosen in examples.items():
-        if chosen: drawn[f"ranked_{name}"] = show_rankings(*zip(*chosen)), f"Queries that the model gets {name}: the query, then candidates from best to worst."
+        if chosen: drawn[f"ranked_{name}"] = show_rankings(*zip(*chosen)), f"Queries that the model gets {name}: the query, then its best candidates, and the right one with its rank."
     for name, (figure, _) in drawn.items():
         with atomic_path(folder / f"{name}.png") as path: figure.savefig(path, dpi=110, format="png")
     return [(folder / f"{name}.png", caption) for name, (_, caption) in drawn.items()]

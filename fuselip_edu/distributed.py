@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # while there are no processes: its functions take the group of all processes as a default and, loaded later, keep it alive into the exit
+import torch.distributed.nn  # FSDP loads it; loaded after the processes are connected, its functions' defaults would keep the connection alive into the exit
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 

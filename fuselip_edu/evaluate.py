@@ -73,7 +73,7 @@ def show_rankings(
     best:int=6, # candidates shown
     scale:float=1.3 # inches an image
 ):
-    "A row a query: the query, then its candidates from best to worst, the right one in green."
+    "A row a query: the query, then its best candidates, the right one in green; where that is not among them, it stands last, with its rank."
     import matplotlib.pyplot as plt
     best = min(best, max(map(len, scores)))
     figure, axes = plt.subplots(len(queries), best + 1, squeeze=False, figsize=((best + 1) * scale, len(queries) * scale * 1.5))
@@ -81,9 +81,11 @@ def show_rankings(
         for axis in row: axis.set(xticks=[], yticks=[], frame_on=False)
         draw_item(row[0], query.item)
         row[0].set_title(query.kind, fontsize=8, color="grey")
-        for axis, index in zip(row[1:], score.argsort(descending=True)[:best].tolist()):
+        order = score.argsort(descending=True).tolist()
+        rank = order.index(0)
+        for axis, index in zip(row[1:], order[:best] if rank < best else [*order[:best - 1], 0]):
             draw_item(axis, as_prompts(query.candidates[index])[0])
-            axis.set_title(f"{score[index]:.2f}" + ("  right" if index == 0 else ""), fontsize=8, color="green" if index == 0 else "black")
+            axis.set_title(f"{score[index]:.2f}" + ("" if index else "  right" if rank < best else f"  right, no. {rank + 1}"), fontsize=8, color="green" if index == 0 else "black")
             if index == 0:
                 for spine in axis.spines.values(): spine.set(visible=True, color="green", linewidth=3)
                 axis.set_frame_on(True)

@@ -170,11 +170,12 @@ def embed_sequences(
     model.eval()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     result = torch.empty(len(sequences), model.config.width)
-    for start in progress(range(0, len(order), batch_size), "embedding"):
-        part = order[start:start + batch_size]
-        ids, lengths = pad_sequences([sequences[i] for i in part])
-        result[part] = model(ids.to(model.device), lengths.to(model.device), packed=False).float().cpu()
-    model.train(was_training)
+    try:
+        for start in progress(range(0, len(order), batch_size), "embedding"):
+            part = order[start:start + batch_size]
+            ids, lengths = pad_sequences([sequences[i] for i in part])
+            result[part] = model(ids.to(model.device), lengths.to(model.device), packed=False).float().cpu()
+    finally: model.train(was_training)
     return result
 
 # %% ../nbs/08_fuselip.ipynb #ffdc0fbb
@@ -236,7 +237,7 @@ def _save_pretrained(self, folder:str|Path):
     text_tokenizer.save(folder)
     write_json(folder / "config.json", {"model": MODEL_NAMES[model_kind(type(self))], "encoder": dataclasses.asdict(self.config),
                                         "image_tokenizer": dataclasses.asdict(self.image_tokenizer.config), "text_tokenizer": text_tokenizer.name})
-    with atomic_path(folder / "README.md") as path: path.write_text(model_card(self, folder.name), encoding="utf-8")
+    with atomic_path(folder / "README.md") as path: path.write_text(model_card(self, folder.resolve().name), encoding="utf-8")
 
 
 def _push_to_hub(self,

@@ -20,6 +20,8 @@ class Item:
     def __post_init__(self):
         if self.text is not None and not isinstance(self.text, str):
             raise TypeError(f"text must be a string, not {type(self.text).__name__}; convert it with str()")
+        try: (self.text or "").encode()
+        except UnicodeEncodeError: raise ValueError(f"text must be valid Unicode, not {self.text!a:.80}, which holds half of a surrogate pair; mend it, or read its file as UTF-8") from None
         if self.image is None and not (self.text or "").strip():
             raise ValueError("an Item needs an image, a text that is not empty, or both; it got neither")
 

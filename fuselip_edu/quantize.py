@@ -83,7 +83,7 @@ class VectorQuantizer(nn.Module):
         indices = nearest_code(z.reshape(-1, self.code_dim), codebook).view(z.shape[:-1])
         codes = F.embedding(indices, codebook)
         loss = F.mse_loss(codes, z.detach()) + weight * F.mse_loss(z, codes.detach())
-        if self.training: self.usage += torch.bincount(indices.flatten(), minlength=self.n_codes)
+        if self.training and torch.is_grad_enabled(): self.usage += torch.bincount(indices.flatten(), minlength=self.n_codes)
         return straight_through(z, codes), indices, loss
 
     def decode(self,

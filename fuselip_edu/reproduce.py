@@ -508,8 +508,8 @@ def kinds_figure(
         axis.bar(x, [100 * found["tasks"][task]["kinds"][kind]["mean"] for kind in chance], width, color=_COLOURS.get(model, "grey"), label=TITLES.get(model, model))
     for index, kind in enumerate(chance): axis.plot([index - 0.42, index + 0.42], [100 * chance[kind]["chance"]] * 2, color="#c44e52", linewidth=2)
     axis.set_xticks(range(len(chance)), list(chance), fontsize=8)
-    axis.set(ylim=(0, 100), ylabel="accuracy (%)", title=f"{task} by kind")
-    axis.legend(fontsize=7)
+    axis.set(ylim=(0, 100), ylabel=f"accuracy (%), {task.replace('_', ' ')}")
+    axis.legend(ncols=len(models), fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1))
     return _closed(figure)
 
 # %% ../nbs/21_reproduce.ipynb #0b12f7c0

@@ -11,17 +11,17 @@ __all__ = ['COLUMNS', 'PICTURES', 'PLACES', 'PAIRS_AN_IMAGE', 'HATEFUL', 'PROMPT
            'source_images', 'fit_tokenizer']
 
 # %% ../nbs/12_sources.ipynb #f6ea78b2
-import bisect, contextlib, csv, functools, hashlib, json, os, random, re, sys, tarfile, tempfile, zipfile
+import bisect, contextlib, csv, functools, glob, hashlib, json, os, random, re, sys, tarfile, tempfile, zipfile
 from array import array
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
 
 from .core import atomic_path, describe, load_image, open_archive, pick_device, progress, read_image, resize_image, seed_everything, split_member
-from .pairs import Item, Pair, Query
+from .pairs import Item, Pair, Query, image_key
 from .shapes import scene_at, scene_pairs
 from .titok import TiTok, TiTokConfig, TokenizerTrainConfig, train_tokenizer
 from .transforms import KINDS, TRAIN_COUNT, WEIGHTS, draw_kind, transform_pairs
@@ -90,7 +90,7 @@ def _csv_rows(path): # yields (line number, {column: cell}); the header, as {col
     line = 1
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)
             names = reader.fieldnames = [utf8(name.strip(), f"{str(path)!r} line 1") for name in reader.fieldnames or []]
             if twice := [name for name in names if name and names.count(name) > 1]: raise ValueError(f"{str(path)!r} has the column {twice[0]} twice; rename or remove one")
             yield line, {name: name for name in names}
@@ -98,7 +98,7 @@ def _csv_rows(path): # yields (line number, {column: cell}); the header, as {col
                 line = reader.line_num  # of the row's last line
                 if None in row: raise ValueError(f"{str(path)!r} line {line}: more cells than columns; put a text that contains a comma in quotes")
                 yield line, {name: (cell or "").strip() for name, cell in row.items()}
-    except csv.Error as error: raise ValueError(f"{str(path)!r} line {line + 1}: {error}; is this a CSV file?") from None
+    except csv.Error as error: raise ValueError(f"{str(path)!r} line {line + 1}: {error}; is this a CSV file in which every quote is closed?") from None
 
 # %% ../nbs/12_sources.ipynb #edfa4393
 COLUMNS = ("image", "text", "instruction", "target_image", "group")
@@ -124,7 +124,7 @@ def inside(
     where:str # file and record, for the error
 ) -> str:
     "The path of a file of a data set; `ValueError` if it would lie outside `root`."
-    if not name or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name:
+    if not name or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name or PureWindowsPath(name).drive:
         raise ValueError(f"{where}: the path {name!r} does not stay inside {str(root)!r}; expected a relative path without '..'; move the file there, or link its folder")
     return str(Path(root, name))
 
@@ -235,10 +235,10 @@ def _open_parquet(path): # a `ParquetFile`
         raise ValueError(f"{str(path)!r} is not a whole Parquet file ({str(error).splitlines()[0]}); download it again") from None
 
 
-def _parquet_rows(path): # yields (row number, {column: value})
+def _parquet_rows(path, columns): # yields (row number, {column: value}); all columns first, as {column: column}
     file, row = _open_parquet(path), 0
     yield row, dict.fromkeys(file.schema_arrow.names)
-    for batch in file.iter_batches():
+    for batch in file.iter_batches(columns=list(columns)):
         for value in batch.to_pylist(): yield (row := row + 1), value
 
 # %% ../nbs/12_sources.ipynb #a4876fa7
@@ -248,7 +248,7 @@ def read_rows(
 ): # yields (line or row number, {column: value}); a missing value is ""
     "The rows of a table; `ValueError` with file and row where a column is missing or the file is broken."
     path = Path(path)
-    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".parquet": functools.partial(_parquet_rows, columns=columns)}
     if path.suffix not in readers: raise ValueError(f"{str(path)!r} is not a table; expected a .csv, .jsonl or .parquet file")
     if not path.is_file(): raise FileNotFoundError(f"no file at {str(path)!r}; check the path")
     rows = readers[path.suffix](path)
@@ -290,7 +290,10 @@ class TableSource:
             self.texts.append(row[text])
             self.questions.append(row[question] if question else "")
         if not self.lines: raise ValueError(f"{str(path)!r} has no rows; expected the columns {', '.join(columns)}")
-        self._image(0)
+        if not any(map(self._is_there, range(min(100, len(self))))): self._image(0)  # one that is missing is a bad item; many are a wrong folder
+
+    def _is_there(self, index):
+        with contextlib.suppress(FileNotFoundError): return bool(self._image(index))
 
     def _image(self, index): return _picture(self.path.parent, self.images[index], f"{str(self.path)!r} line {self.lines[index]}")
 
@@ -319,7 +322,7 @@ def _shard_samples(shard): # -> list of (picture's name, start, size, caption's 
                 where = f"{str(shard)!r} after member {member.name!r}"
                 folder, slash, base = member.name.rpartition("/")
                 key, _, extension = base.partition(".")
-                parts[folder + slash + key][extension.lower()] = (member.name.encode(), member.offset_data, member.size)
+                parts[folder + slash + key][extension.lower()] = (utf8(member.name, f"the name in {where}").encode(), member.offset_data, member.size)
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError("the closing block is missing")
     except tarfile.TarError as error: raise ValueError(f"{where} is a broken shard ({error}); download it again") from None
@@ -409,7 +412,7 @@ def random_resized_crop(
     from torchvision.transforms import RandomResizedCrop
     pixels = load_image(image)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU, which alone is put back
         top, left, height, width = RandomResizedCrop.get_params(pixels, scale, ratio)
     return resize_image(pixels[:, top:top + height, left:left + width], size)
 
@@ -461,7 +464,7 @@ def load_rows(
     from datasets import load_dataset
     files = data_files(place, pattern)
     with tempfile.TemporaryDirectory() if streaming else contextlib.nullcontext() as cache:  # None: where `datasets` keeps what it converts
-        return load_dataset(builder if files else str(place), data_files={"train": files} if files else None, split="train", streaming=streaming, cache_dir=cache)
+        return load_dataset(builder if files else str(place), data_files={"train": [*map(glob.escape, files)]} if files else None, split="train", streaming=streaming, cache_dir=cache)
 
 # %% ../nbs/12_sources.ipynb #33023d38
 def _expect_columns(where, found, columns):
@@ -640,7 +643,7 @@ def mmeb_text(
     prompt = next((prompt for prompt in PROMPTS if text.startswith(prompt)), "")
     text = ("Is this image hateful?" if prompt == HATEFUL else "") + text[len(prompt):]
     if subset in ("ImageNet-1K", "ImageNet_1K"): text = text.split(",")[0]
-    return (PREFIXES.get(subset, "") * target + text.strip()).strip()
+    return (PREFIXES.get(subset, "") * target + text.strip()).strip() if text.strip() else ""
 
 # %% ../nbs/12_sources.ipynb #1d62f80a
 MMEB_SETS = ("ImageNet_1K", "N24News", "HatefulMemes", "VOC2007", "SUN397", "OK-VQA", "A-OKVQA", "DocVQA", "InfographicsVQA", "ChartQA", "Visual7W",
@@ -737,6 +740,16 @@ def open_source(
 HUB = {"cc3m": "pixparse/cc3m-wds", "cc12m": "pixparse/cc12m-wds", "hq-edit": "UCSC-VLAA/HQ-Edit"}
 
 
+def _edit_groups(row): # of HQ-Edit: an edit and its inverse share a batch, what describes the result comes alone
+    forward, inverse, described = edit_pairs(row)
+    return [pairs for group in ((forward, inverse), (described,)) if (pairs := [pair for pair in group if pair])]
+
+
+def _caption_groups(row): # of a shard
+    text = (row["txt"] or "").strip()
+    return [[Pair(Item(row["jpg"]), Item(text=text))]] if row["jpg"] and text else []
+
+
 def stream_groups(
     name:str # cc3m, cc12m or hq-edit from the hub, or with a folder: cc3m:DIR
 ): # yields lists of `Pair` that share a batch
@@ -744,15 +757,13 @@ def stream_groups(
     kind, _, place = name.partition(":")
     if kind not in HUB: raise ValueError(f"{name!r} cannot be streamed; give {', '.join(HUB)}, or one of them with a folder, as in cc3m:DIR")
     edits, place, count = kind == "hq-edit", place or HUB[kind], 0
+    groups_of = _edit_groups if edits else _caption_groups
     rows = load_rows(place, *(("parquet", "*.parquet") if edits else ("webdataset", "*-train-*.tar")), streaming=True)
     try:
         for row in rows:
             count += 1
             _expect_columns(f"{str(place)!r} row {count}", row, HQEditSource.columns if edits else ("jpg", "txt"))
-            if edits: forward, inverse, described = edit_pairs(row)
-            else: forward, inverse, described = row["jpg"] and (row["txt"] or "").strip() and Pair(Item(row["jpg"]), Item(text=row["txt"].strip())), None, None
-            if group := [pair for pair in (forward, inverse) if pair]: yield group
-            if described: yield [described]
+            yield from groups_of(row)
     except (OSError, SyntaxError, tarfile.TarError) as error:
         raise ValueError(f"{str(place)!r} cannot be read after row {count} ({error}); check the files or the connection") from error
 
@@ -775,7 +786,7 @@ def source_images(
 
     for index in (index for group in source.groups for index in group):
         for image in (item.image for pair in readable(lambda: source[index]) or () for item in (pair.left, pair.right) if item.image is not None):
-            if isinstance(image, (str, torch.Tensor)): found.setdefault(image if isinstance(image, str) else id(image), image)
+            if isinstance(image, (str, os.PathLike, torch.Tensor)): found.setdefault(image_key(image), image)
             else:  # a decoded picture, too large to be kept as it is
                 pixels = load_image(image, size)
                 found.setdefault(hashlib.sha256(pixels.numpy().tobytes()).digest(), pixels)

@@ -11,7 +11,7 @@ __all__ = ['LATER_FIELDS', 'TINY_TOKENIZER', 'TOKENIZER_PRESETS', 'MODEL_SIZES',
            'PixelStage', 'PixelDecoder', 'paint']
 
 # %% ../nbs/05_titok.ipynb #1a15e086
-import contextlib, dataclasses, json, math, re, zlib
+import contextlib, dataclasses, functools, json, math, re, threading, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 import fuselip_edu
-from .core import load_weights, read_weights, save_tensors, save_weights, write_json
+from .core import describe, in_unit_range, load_weights, read_weights, save_tensors, save_weights, write_json
 from .quantize import VectorQuantizer, perplexity
 from .transformer import Block, Muon, muon_groups
 
@@ -48,6 +48,7 @@ class TiTokConfig:
     pixel_channels: int = 0  # of the pixel decoder that paints those codes; 0: there is none
 
     def __post_init__(self):
+        if self.width % 4: raise ValueError(f"a width of {self.width} has no sine and cosine for both directions; give a multiple of 4")
         if self.patch_size < 1 or self.image_size % self.patch_size: raise ValueError(f"patches of {self.patch_size} pixels do not divide an image of {self.image_size}; give a patch_size that does")
 
     @property
@@ -137,25 +138,28 @@ def place_latents(
         keys.copy_(queries)
 
 # %% ../nbs/05_titok.ipynb #8552b9ec
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextlib.contextmanager
-def whole_products(device): # in fp32: neither autocast nor TF32, in which a GPU convolves unless told not to; both turn an image's code into its neighbour now and then
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"): parts, name, whole = (matmul, cudnn.conv), "fp32_precision", "ieee"  # PyTorch 2.9 and later
-    else: parts, name, whole = (matmul, cudnn), "allow_tf32", False
-    before = [getattr(part, name) for part in parts]
-    try:
-        for part in parts: setattr(part, name, whole)
-        with torch.autocast(device.type, enabled=False): yield
-    finally:
-        for part, value in zip(parts, before): setattr(part, name, value)
+def whole_products(device): # for one thread at a time, in fp32: neither autocast nor TF32, in which a GPU convolves unless told not to; both turn an image's code into its neighbour now and then
+    backends = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"): name, whole, parts = "fp32_precision", "ieee", {"cuda": (backends.cuda.matmul, backends.cudnn.conv), "cpu": (backends.mkldnn.matmul, backends.mkldnn.conv)}  # PyTorch 2.9 and later
+    else: name, whole, parts = "allow_tf32", False, {"cuda": (backends.cuda.matmul, backends.cudnn)}
+    with _ONE_AT_A_TIME:  # these are settings of the whole process
+        before = [(part, getattr(part, name)) for part in parts.get(device.type, ())]
+        try:
+            for part, _ in before: setattr(part, name, whole)
+            with torch.autocast(device.type, enabled=False): yield
+        finally:
+            for part, value in before: setattr(part, name, value)
 
 
 def checked_pixels(pixels, size): # (b, 3, size, size), uint8 or float in [0, 1] -> float in [0, 1]
     if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size): raise ValueError(f"pixels must have the shape (b, 3, {size}, {size}), not {tuple(pixels.shape)}; `load_image(image, {size})` makes one such image")
     if pixels.dtype == torch.uint8: return pixels.float() / 255
     if not pixels.is_floating_point(): raise TypeError(f"pixels must be uint8, or floats in [0, 1], not {pixels.dtype}; convert them")
-    if pixels.numel() and not 0 <= pixels.amin() <= pixels.amax() <= 1: raise ValueError(f"pixels that are floats must lie in [0, 1], not in [{float(pixels.amin()):g}, {float(pixels.amax()):g}]; divide by 255, or give uint8")
-    return pixels
+    return in_unit_range(pixels)
 
 # %% ../nbs/05_titok.ipynb #f310cc20
 class TiTok(nn.Module):
@@ -205,8 +209,8 @@ def fetch_folder(
     try: return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except RepositoryNotFoundError:
         raise FileNotFoundError(f"there is no folder {name!r} here and no such model on the hub; check the name, or log in if it is private") from None
-    except (OSError, ValueError) as error:
-        raise ConnectionError(f"there is no folder {name!r} here, and the hub could not be reached for it ({str(error).splitlines()[0]}); "
+    except Exception as error:  # of whatever library the hub's client sends its requests with
+        raise ConnectionError(f"there is no folder {name!r} here, and the hub could not be reached for it ({(str(error).splitlines() or [type(error).__name__])[0]}); "
                               "check the connection, or give a local folder") from None
 
 # %% ../nbs/05_titok.ipynb #35512e93
@@ -336,10 +340,15 @@ class TokenizerTraining:
         images:torch.Tensor, # (n, 3, s, s), uint8
         config:TokenizerTrainConfig
     ):
-        self.tokenizer, self.images, self.config, self.generator = tokenizer, images, config, torch.Generator().manual_seed(config.seed)
+        if images.dtype != torch.uint8 or not len(images): raise ValueError(f"the pictures must be a tensor of uint8 with at least one, not {describe(images)}; `load_image(image, {tokenizer.config.image_size})` makes one of them")
+        checked_pixels(images[:1], tokenizer.config.image_size)  # their shape
+        self.tokenizer, self.images, self.config, self.generator = tokenizer, images.contiguous(), config, torch.Generator().manual_seed(config.seed)
         groups = muon_groups([{"params": [*tokenizer.parameters()], "weight_decay": 0.0}], tokenizer, "transformer.")
         self.optimizer = Muon(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
         self.step, self.rows, self.recent, self.seen, self.replaced = 0, [], [], [], 0
+
+    @functools.cached_property
+    def pictures(self): return [len(self.images), zlib.crc32(self.images.numpy())]  # tells them from others
 
     def learning_rate(self):
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
@@ -382,7 +391,7 @@ def _log(self, error): # of the last step
 
 def _told(self): # what a file says of its training, in JSON
     recipe = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "device"}
-    return {"tokenizer": dataclasses.asdict(self.tokenizer.config), "train": recipe, "pictures": [len(self.images), zlib.crc32(self.images.numpy())]}
+    return {"tokenizer": dataclasses.asdict(self.tokenizer.config), "train": recipe, "pictures": self.pictures}
 
 # %% ../nbs/05_titok.ipynb #71bd6c28
 def _checksum(tensors): # of all their bytes, in the order of their names

@@ -91,7 +91,7 @@ def pack(
     order = lengths.argsort(stable=True)
     sizes = lengths[order]
     stops = sizes.cumsum(0)
-    row, ends = order.repeat_interleave(sizes), torch.empty_like(lengths)
+    row, ends = order.repeat_interleave(sizes), torch.empty_like(stops)
     column = torch.arange(len(row), device=row.device) - (stops - sizes).repeat_interleave(sizes)
     ends[order] = stops - 1
     n, count = (values.tolist() for values in sizes.unique_consecutive(return_counts=True))
@@ -194,13 +194,14 @@ def orthogonalised(
 class Muon(torch.optim.AdamW):
     "Muon for groups with a `momentum`, AdamW for the others."
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["momentum"]]
-        super().step()
-        self.param_groups = groups
+        self.param_groups = [group for group in groups if not group.get("momentum")]
+        try: loss = super().step(closure)
+        finally: self.param_groups = groups
         for group in groups:
-            if group["momentum"]: self._muon_step(group)
+            if group.get("momentum"): self._muon_step(group)
+        return loss
 
     def _muon_step(self, group):
         rate, alike = 10 * group["lr"], {}

@@ -96,7 +96,9 @@ def test_tensors():
     assert core.load_image(pixels).data_ptr() == pixels.data_ptr()  # nothing is copied without need
     assert torch.equal(core.load_image(pixels.float() / 255), pixels)
     assert torch.equal(core.load_image((pixels.double() / 255).flip(2)), pixels.flip(2))
-    assert core.load_image(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1)).flatten().tolist() == [0, 128, 255]
+    for wrong in (pixels.float(), torch.tensor([-0.1, 0.5, 1.0]).view(3, 1, 1), torch.full((3, 2, 2), float("nan"))):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\], not in .*divide by 255, or give uint8"): core.load_image(wrong)
+    with pytest.raises(TypeError, match="not Table"): core.load_image(type("Table", (), {"shape": (3, 4)})())  # a shape alone is no tensor
     for wrong in (torch.zeros(3, 4, 4, dtype=torch.int64), torch.zeros(4, 4, 3), torch.zeros(3, 4), np.zeros((3, 4, 4)), None, 7):
         with pytest.raises(TypeError): core.load_image(wrong)
 
@@ -343,3 +345,51 @@ def test_processes_that_are_forked_read_one_archive(tmp_path):
     for process in processes: process.start()
     assert [found.get(timeout=60) for _ in processes] == [list(range(200))] * 3
     for process in processes: process.join()
+
+
+@pytest.mark.parametrize("mode, pixel", [("I", 40_000), ("F", 0.25)])
+def test_pixels_of_32_bits_are_refused_since_nothing_says_what_is_white(mode, pixel, tmp_path):
+    image = Image.new(mode, (4, 4), pixel)
+    with pytest.raises(ValueError, match="its pixels have 32 bits.*save it with 8 or 16"): core.load_image(image)
+    image.save(tmp_path / "deep.tiff")
+    with pytest.raises(ValueError, match="deep.tiff' is not a readable image .its pixels have 32 bits"): core.load_image(tmp_path / "deep.tiff")
+
+
+def test_sixteen_bits_of_a_portable_graymap(tmp_path):
+    (tmp_path / "grey.pgm").write_bytes(b"P5\n2 1\n65535\n" + bytes([0x40, 0, 0x80, 0]))
+    assert core.load_image(tmp_path / "grey.pgm")[0].tolist() == [[0x40, 0x80]]
+
+
+def test_a_device_is_a_device_already():
+    assert core.pick_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ValueError, match="no device is called 'cpu:'"): core.pick_device("cpu:")
+
+
+def test_an_input_that_is_missing_is_not_taken_for_the_file_to_write(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        with core.atomic_path(tmp_path / "out.txt"): (tmp_path / "in.txt").read_text()
+    assert "could not write" not in str(caught.value) and "in.txt" in str(caught.value)
+    with pytest.raises(OSError, match="could not write .*out.txt"):
+        with core.atomic_path(tmp_path / "out.txt") as temporary: (temporary / "below").write_text("")
+
+
+@pytest.mark.skipif(not hasattr(os, "fchmod"), reason="Windows has no such rights")
+def test_weights_can_be_read_by_whom_the_user_lets(tmp_path):
+    before = os.umask(0o077)
+    try:
+        core.save_tensors({"a": torch.zeros(2)}, tmp_path / "mine.safetensors")
+        os.umask(0o022)
+        core.save_tensors({"a": torch.zeros(2)}, tmp_path / "ours.safetensors")
+    finally: os.umask(before)
+    assert [(tmp_path / f"{name}.safetensors").stat().st_mode & 0o777 for name in ("mine", "ours")] == [0o600, 0o644]
+
+
+def test_operators_of_torchvision_are_found_by_the_endings_of_this_system(monkeypatch):
+    endings, loaded = ["_C.some-system.pyd"], []
+    class Spec: origin = __file__
+    monkeypatch.setattr(core.importlib.util, "find_spec", lambda name: Spec)
+    monkeypatch.setattr(core, "EXTENSION_SUFFIXES", [".some-system.pyd"])
+    monkeypatch.setattr(core.Path, "glob", lambda self, pattern: [self / endings[0]] if pattern == "_C*.some-system.pyd" else [])
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    assert core._declare_missing_torchvision_operators() is None and [os.path.basename(path) for path in loaded] == endings

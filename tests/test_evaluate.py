@@ -171,3 +171,6 @@ def test_rankings_are_drawn_with_the_right_one_in_green(tasks):
     figure = e.show_rankings(queries, scores, best=3)
     titles = [[axis.get_title() for axis in figure.axes[row * 4:row * 4 + 4]] for row in range(3)]
     assert all(row[1].endswith("right") and not any("right" in title for title in row[2:]) for row in titles)
+    figure = e.show_rankings(queries, [-score for score in scores], best=3)  # the right one is the worst of all
+    last = [figure.axes[row * 4 + 3].get_title() for row in range(3)]
+    assert [title.split("  ")[1] for title in last] == ["right" if len(query.candidates) <= 3 else f"right, no. {len(query.candidates)}" for query in queries]

@@ -1,5 +1,5 @@
 "Sequences and the encoder against their own promises; the original's numbers are in test_parity.py."
-import random, subprocess, sys, warnings
+import random, subprocess, sys, threading, warnings
 from types import SimpleNamespace
 
 import pytest
@@ -335,6 +335,54 @@ def test_products_are_whole_whatever_the_user_has_set_and_it_stays_so(code):
     asked = "torch.get_float32_matmul_precision()" if "medium" in code else "torch.backends.cuda.matmul.fp32_precision" if "fp32" in code else "torch.backends.cuda.matmul.allow_tf32"
     lines = ["import torch", "from fuselip_edu.titok import whole_products", code, f"before = {asked}", "with whole_products(torch.device('cpu')): torch.ones(2, 2) @ torch.ones(2, 2)", f"assert {asked} == before, (before, {asked})"]
     subprocess.run([sys.executable, "-c", "; ".join(lines[:4]) + "\n" + "\n".join(lines[4:])], check=True)
+
+
+def test_products_stay_whole_while_another_thread_is_done_with_its_own():
+    from fuselip_edu.titok import whole_products
+    matmul, name = torch.backends.cuda.matmul, "fp32_precision" if hasattr(torch.backends.cuda.matmul, "fp32_precision") else "allow_tf32"
+    before, inside, first, seen = getattr(matmul, name), threading.Event(), threading.Event(), []
+
+    class Cuda: type = "cuda"  # only the settings are looked at
+
+    def work():
+        first.wait()
+        inside.set()
+        with whole_products(Cuda): seen.append(getattr(matmul, name))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with whole_products(Cuda):
+        first.set()
+        inside.wait()
+        with whole_products(Cuda): whole = getattr(matmul, name)  # one inside the other, as where an encoder calls an encoder
+    thread.join()
+    assert seen == [whole] and getattr(matmul, name) == before
+
+
+def test_texts_that_are_no_unicode_are_refused_where_they_are_made():
+    with pytest.raises(ValueError, match="text must be valid Unicode, not 'smile .ud83d'"): Item(text="smile \ud83d")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_a_line_whatever_its_client_raises(monkeypatch):
+    import huggingface_hub
+    class Refused(Exception): pass
+    for error, told in ((Refused("403 Forbidden\nmore"), "403 Forbidden"), (Refused(), "Refused")):
+        def download(*given, error=error, **more): raise error
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        with pytest.raises(ConnectionError, match=rf"the hub could not be reached for it \({told}\)"): FuseLIP.from_pretrained("owner/name")
+
+
+def test_a_model_that_fails_in_the_middle_goes_on_training(model):
+    model.train()
+    with pytest.raises(Exception): embed_sequences(model, [[1] * 4000])
+    assert model.training
+    model.eval()
+
+
+def test_a_card_is_named_after_the_folder_however_it_is_given(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained(".")
+    assert (tmp_path / "README.md").read_text().count(tmp_path.name)
 
 
 def test_a_model_built_on_another_loads_as_what_it_is(model, tmp_path):

@@ -226,3 +226,10 @@ def test_masked_loss_is_the_mean_in_fp32(dtype):
     loss = masked_loss(logits, targets)
     assert loss.dtype == torch.float32 and loss.isfinite()
     torch.testing.assert_close(loss.double(), loop, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [softmax_loss, lambda *sides, **more: sigmoid_loss(*sides, -10.0, **more)])
+def test_no_pairs_and_twins_of_another_shape_are_refused(loss):
+    sides = F.normalize(torch.randn(2, 4, 8), dim=-1)
+    with pytest.raises(ValueError, match=r"same must be \(4, 4\).*not \(4,\)"): loss(*sides, 10.0, same=torch.zeros(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="at least one pair"): loss(*sides[:, :0], 10.0)

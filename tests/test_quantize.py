@@ -268,3 +268,20 @@ def test_the_beginning_of_another_training_is_refused(tmp_path):
         with pytest.raises(ValueError, match="unfinished.safetensors' is damaged .*; remove it to train from the start"): trained(KEPT, path)
     path.write_bytes(before)
     assert trained(dataclasses.replace(KEPT, device="auto"), path)[2][0] == 22  # where it is trained may change
+
+
+@pytest.mark.parametrize("pictures, message", [(torch.rand(4, 3, 32, 32), "tensor of uint8"), (torch.zeros(0, 3, 32, 32, dtype=torch.uint8), "at least one"), (torch.zeros(4, 3, 16, 16, dtype=torch.uint8), r"\(b, 3, 32, 32\)")])
+def test_pictures_that_no_tokenizer_learns_from_are_refused(pictures, message):
+    with pytest.raises(ValueError, match=message): train_tokenizer(TiTok(TiTokConfig()), pictures, TokenizerTrainConfig(steps=4, free_steps=1, device="cpu"))
+
+
+def test_to_look_at_a_tokenizer_or_to_take_every_second_picture_changes_nothing(tmp_path):
+    pictures = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    recipe, ends = TokenizerTrainConfig(steps=12, free_steps=2, reset_every=3, batch_size=4, log_every=1, device="cpu"), []
+    looks = []
+    for watch, given in ((None, pictures[::2].contiguous()), (lambda *row: looks.append(tokenizer.encode(pictures)), pictures[::2])):
+        torch.manual_seed(0)
+        tokenizer = TiTok(TiTokConfig(n_codes=64))
+        train_tokenizer(tokenizer, given, recipe, watch, keep=tmp_path / "kept.safetensors" if watch else None)
+        ends.append(torch.cat([p.flatten() for p in tokenizer.parameters()]))
+    assert looks and torch.equal(*ends)

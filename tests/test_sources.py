@@ -129,7 +129,9 @@ def test_what_is_no_archive_is_named_with_its_line(folder):
     ("image,text\nred.png,a\n,\n", "line 3: a row needs an image or instruction on the left"),
     ("image,text\nred.png,a\nred.png,   \n", "line 3: a row needs"),
     ("image,text\nred.png\n", "line 2: a row needs"),
-    ("image,text\nred.png,one, two\n", "line 2: more cells than columns; put a text that contains a comma in quotes")])
+    ("image,text\nred.png,one, two\n", "line 2: more cells than columns; put a text that contains a comma in quotes"),
+    ('image,text\nred.png,one\ngreen.png,"a 3 inch nail\nred.png,two\n', "line 3: .* every quote is closed"),
+    ('image,text\nred.png,"a 3 inch" nail\n', "line 2: .* every quote is closed")])
 def test_wrong_tables(folder, content, message):
     with pytest.raises(ValueError, match=message): table(folder, content)
 
@@ -318,7 +320,7 @@ def test_texts():
     assert [held[i] for i in range(len(held))] == values and [pickle.loads(pickle.dumps(held))[2]] == values[2:3]
 
 
-@pytest.mark.parametrize("name", ["", "/etc/passwd", "../x.jpg", "a/../../x.jpg", "a\\..\\..\\x.jpg", "\\x.jpg", "a\0b"])
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../x.jpg", "a/../../x.jpg", "a\\..\\..\\x.jpg", "\\x.jpg", "a\0b", "C:/x.jpg", "C:x.jpg"])
 def test_paths_stay_inside(name):
     with pytest.raises(ValueError, match="some.csv line 4: the path .* does not stay inside 'root'"): inside("root", name, "some.csv line 4")
     assert inside("root", "a/..b/c.jpg", "") == os.path.join("root", "a/..b/c.jpg")
@@ -459,7 +461,10 @@ def test_a_missing_image_of_a_caption_is_named_with_its_line(captions):
     source = TableSource(write_csv(captions, ["path", "caption"], rows))
     with pytest.raises(FileNotFoundError, match="train.csv' line 4: no image file at '.*train/000000007.jpg'"): source[1]
     with pytest.raises(ValueError, match="train.csv' line 5: the path"): source[2]
-    with pytest.raises(FileNotFoundError, match="line 2: no image file"): TableSource(write_csv(captions, ["path", "caption"], rows[1:2]))  # a wrong folder is noticed at once
+    with pytest.raises(FileNotFoundError, match="line 2: no image file"): TableSource(write_csv(captions, ["path", "caption"], rows[1:2] * 3))  # a wrong folder is noticed at once
+    source = TableSource(write_csv(captions, ["path", "caption"], [rows[1], rows[0]]))  # and a first picture that is missing is one bad item
+    with pytest.raises(FileNotFoundError, match="line 2: no image file"): source[0]
+    assert source[1][0].right.text == "two\nlines"
 
 
 def test_rows_of_three_formats(tmp_path):
@@ -774,6 +779,7 @@ def test_mmeb_texts():
     assert mmeb_text("Paris, France", "Country211", target=True) == "this is in the country of Paris, France"
     assert mmeb_text("sports", "N24News", target=True) == "a photo from the domain of sports" and mmeb_text("sports", "N24News") == "sports"
     assert mmeb_text("a plain, old text ", "OK-VQA", target=True) == "a plain, old text"
+    assert mmeb_text(" , Felis catus", "ImageNet_1K", target=True) == mmeb_text("", "N24News", target=True) == ""  # no name, no phrase
 
 
 # Streams
@@ -837,10 +843,16 @@ def test_random_crops_keep_to_their_share_and_seed():
         assert crop.shape == (3, 64, 64) and torch.equal(crop, sources.random_resized_crop(ramp, 64, seed).float())
         width, height = float(crop[0].max() - crop[0].min()), float(crop[1].max() - crop[1].min())
         assert 0.87 < (width + 1) * (height + 1) / 12_000 <= 1.01
-    tall = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    wide, windows = ramp[:, 10:70], {}  # 120 × 60
+    for scale in ((0.9, 1.0), (0.3, 0.5)): windows[scale] = {sources.random_resized_crop(wide, 64, seed, scale).numpy().tobytes() for seed in range(20)}
+    assert len(windows[0.9, 1.0]) == 1 and len(windows[0.3, 0.5]) > 15  # no window of nine tenths has sides of 3:4 to 4:3, so the middle is taken
+
+
+def test_random_crops_leave_all_other_random_numbers_alone(monkeypatch):
+    for place in (torch.cuda, torch.mps): monkeypatch.setattr(place, "manual_seed_all" if place is torch.cuda else "manual_seed", lambda seed: pytest.fail("the numbers of an accelerator began anew"))
     state = torch.get_rng_state()
-    sources.random_resized_crop(tall, 32, 0)
-    assert torch.equal(state, torch.get_rng_state())  # nobody else's random numbers are used up
+    sources.random_resized_crop(torch.zeros(3, 100, 100, dtype=torch.uint8), 32, 0)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_scene_without_some_of_its_parts_keeps_the_others():
@@ -910,3 +922,35 @@ class _White:
 
 def test_a_negative_number_of_transformations_is_refused():
     with pytest.raises(ValueError, match="tgit is the number of transformations.*0 or more, not -1"): ShapesSource(3, tgit=-1)
+
+
+def test_brackets_in_the_names_of_folders_and_files(edits, shards, hub_cache):
+    for name, path in (("hq [1]", edits), ("cc[1]", shards)): path.rename(path.parent / name)
+    assert len(HQEditSource(edits.parent / "hq [1]")) == 9
+    assert len(list(stream_groups(f"cc3m:{shards.parent / 'cc[1]'}"))) == 6
+
+
+def test_of_a_parquet_file_only_the_needed_columns_are_read(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    pq.write_table(pa.table({"path": ["a.jpg"], "image": [b"many bytes"], "caption": ["a"]}), tmp_path / "t.parquet")
+    asked, read = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, columns=None: asked.append(columns) or read(self, columns=columns))
+    assert list(read_rows(tmp_path / "t.parquet", ("path", "caption"))) == [(1, {"path": "a.jpg", "caption": "a"})] and asked == [["path", "caption"]]
+
+
+def test_a_shard_whose_names_are_no_text_is_named(tmp_path):
+    with tarfile.open(tmp_path / "cc3m-train-0000.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, data in (("café.jpg", jpeg(0)), ("café.txt", b"a")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(ValueError, match="the name in .*cc3m-train-0000.tar.* is not UTF-8"): ShardSource(tmp_path)
+
+
+def test_pictures_are_told_apart_by_path_in_either_form(folder):
+    class Twice:
+        groups = [[0], [1], [2]]
+        def __getitem__(self, index): return [sources.Pair(sources.Item((folder / "red.png", str(folder / "red.png"), folder / "green.png")[index]), sources.Item(text="a"))]
+
+    assert len(source_images(Twice(), 10, 8)) == 2

@@ -256,3 +256,25 @@ def test_muon_takes_the_matrices_inside_blocks_and_nothing_else():
     direction = (before[matrix] * (1 - 0.01 * 0.5) - matrix) / (0.01 * 2)  # ten times the rate, and √(n/m) for 32 rows of 8
     assert ((torch.linalg.svdvals(direction) - 0.95).abs() < 0.3).all()
     torch.testing.assert_close(before[bias] - bias, 1e-3 * bias.grad.sign(), atol=1e-6, rtol=0)  # AdamW's first step
+
+
+def test_muon_takes_groups_without_momentum_and_a_closure_and_keeps_its_groups_after_an_error():
+    plain, matrix = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.randn(4, 4))
+    muon = Muon([{"params": [plain]}, {"params": [matrix], "momentum": 0.95}], lr=1e-3)
+    before = matrix.detach().clone()
+
+    def closure():
+        muon.zero_grad()
+        loss = (plain.sum() + matrix.sum() - 1)**2
+        loss.backward()
+        return loss
+
+    assert muon.step(closure) > 0 and not torch.equal(matrix, before) and plain.abs().min() > 0
+    plain.grad = torch.zeros(3).to_sparse()  # which AdamW refuses
+    with pytest.raises(RuntimeError): muon.step()
+    assert [group["params"] for group in muon.param_groups] == [[plain], [matrix]]
+
+
+def test_packing_takes_lengths_of_either_width():
+    wide, narrow = pack(torch.tensor([3, 1, 2])), pack(torch.tensor([3, 1, 2], dtype=torch.int32))
+    assert all(torch.equal(getattr(wide, name), getattr(narrow, name)) for name in ("row", "column", "ends"))
