@@ -74,7 +74,7 @@ class FusionModule(nn.Module):
 # %% ../nbs/18_baselines.ipynb #d25d25a2
 @dataclass
 class LateFusionConfig:
-    "Sizes of the two towers and of what joins them; the defaults are `tiny-sf`'s."
+    "Sizes of the two towers and of what joins them; without a preset, those of `tiny-sf`."
     fusion: str = "sf"  # or "mlf"
     image_size: int = 32  # pixels a side
     patch_size: int = 8  # pixels a side, divides `image_size`
@@ -371,7 +371,7 @@ def pixel_pairs(
 # %% ../nbs/18_baselines.ipynb #dae0f5b4
 @dataclass
 class BaselineConfig:
-    "All that decides a baseline's run; the defaults are the preset `tiny-sf`."
+    "All that decides a baseline's run; without a preset, that of `tiny-sf`."
     data: str = "shapes"  # as for FuseLIP
     scenes: int = 5000  # of shapes
     tgit: int = 8  # transformations of each scene, of shapes

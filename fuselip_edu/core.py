@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['seed_everything', 'pick_device', 'sent', 'keep_memory', 'open_file', 'split_member', 'open_archive', 'has_alpha',
            'over_white', 'resize_image', 'read_image', 'describe', 'in_unit_range', 'load_image', 'show_images',
-           'atomic_path', 'write_json', 'json_lines', 'save_tensors', 'save_weights', 'read_weights', 'fit_weights',
-           'load_weights', 'progress', 'provenance']
+           'atomic_path', 'remove_unfinished', 'write_json', 'json_lines', 'save_tensors', 'save_weights',
+           'read_weights', 'fit_weights', 'load_weights', 'progress', 'provenance']
 
 # %% ../nbs/00_core.ipynb #0dd7d01a
-import contextlib, ctypes, functools, importlib.util, io, json, os, random, shutil, sys, time, uuid, zipfile
+import contextlib, ctypes, functools, importlib.util, io, json, os, random, re, shutil, sys, time, uuid, zipfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -214,6 +214,16 @@ def atomic_path(
         if os.path.isdir(temporary): shutil.rmtree(temporary, ignore_errors=True)
         else:
             with contextlib.suppress(OSError): temporary.unlink()
+
+
+def remove_unfinished(
+    folder:str|Path # in which nobody writes now
+):
+    "Remove what writers that were killed have left, at any depth: what `atomic_path` had not renamed yet."
+    for path in Path(folder).glob("**/.*.tmp"):
+        if not re.search(r"\.\d+-[0-9a-f]{8}\.tmp$", path.name): continue
+        if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
+        else: path.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #113f5b33
 def write_json(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETS', 'GOOGLE', 'PAPERS_PAGE', 'PROMPT', 'Part', 'DataSet', 'data_set', 'default_root', 'data_list', 'numbered_gaps',
-           'find_part', 'try_source', 'open_reader', 'Report', 'check', 'report_text', 'free_space', 'unpack', 'get',
-           'vqa_prompt', 'parse_vqa', 'language_model', 'make_vqa']
+           'in_runs', 'find_part', 'try_source', 'open_reader', 'Report', 'check', 'report_text', 'free_space',
+           'unpack', 'get', 'vqa_prompt', 'parse_vqa', 'language_model', 'make_vqa']
 
 # %% ../nbs/27_data.ipynb #bf51afe7
 import csv, fnmatch, hashlib, json, os, re, shutil, sys, zipfile, zlib
@@ -211,6 +211,16 @@ def numbered_gaps(
     return [name for name in expected if name not in names]
 
 # %% ../nbs/27_data.ipynb #e7e6f73a
+def in_runs(names): # of files -> the same; where numbers follow each other, FIRST to LAST
+    runs = []  # lists of the name without its number, the first name, the last one and its number
+    for name in names:
+        found = re.fullmatch(r"(.*?)(\d+)(\D*)", name)
+        rest, number = (found.group(1, 3), int(found[2])) if found else (name, 0)
+        if runs and runs[-1][0] == rest and runs[-1][3] + 1 == number: runs[-1][2:] = name, number
+        else: runs.append([rest, name, name, number])
+    return [first if first == last else f"{first} to {last}" for _, first, last, _ in runs]
+
+
 def find_part(
     part:Part,
     root:Path # folder of the data set
@@ -223,7 +233,8 @@ def find_part(
     if part.count: absent, names = max(part.count - here, 0), _shown(part).replace("`", "")
     else:
         gaps = [pattern for pattern, names in found.items() if not names] + [gap for names in found.values() for gap in numbered_gaps(names)]
-        absent, names = len(gaps), ", ".join(gaps if len(gaps) < 4 else (*gaps[:2], f"… {gaps[-1]}"))
+        runs = in_runs(gaps)
+        absent, names = len(gaps), ", ".join(runs[:30]) + f" and {len(runs) - 30} more" * (len(runs) > 30)
     return here, here + absent, f"{absent:,} of {here + absent:,} {part.what}: {names}{origin}" if absent else ""
 
 # %% ../nbs/27_data.ipynb #9d024847
@@ -520,6 +531,7 @@ def make_vqa(
     settings = {"captions": named(captions), "n": n, "model": named(model), "batch_size": batch_size, "seed": seed,
                 "prompt": hashlib.sha256(PROMPT.encode()).hexdigest()[:12]}
     journal = out.with_suffix(".jsonl")
+    if isinstance(model, str) and not journal.exists(): model = language_model(model, device)  # a name that is none leaves no journal
     done = _read_journal(journal, settings)
     batches = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
     batches = [batch for batch in batches if any(item not in done for item in batch)]

@@ -17,7 +17,7 @@ from .evaluate import check_scenes, evaluate, results_table, score_queries, shap
 from .fuselip import FuseLIP
 from .pairs import Item
 from .shapes import captions, render, scene_at
-from .train import Config, build, open_run, seconds_trained, train
+from .train import Config, build, check_digests, digests, open_run, seconds_trained, train
 
 # %% ../nbs/25_demo.ipynb #7f8bfcf8
 def accuracy_figure(
@@ -156,8 +156,10 @@ def demo(
         results = json.loads(finished.read_text())
     else:
         model, pairs = build(config)
-        tasks = shapes_tasks(n, config.train.seed, model.image_tokenizer.config.image_size)
+        tasks, now = shapes_tasks(n, config.train.seed, model.image_tokenizer.config.image_size), digests(model, pairs)
+        check_digests(run, now)
         write_json(run / "config.json", settings)
+        write_json(run / "digests.json", now)
         rows = train(model, pairs, config.train, run, resume=there)
         model.save_pretrained(run / "model")
         tested = evaluate(model, tasks)

@@ -75,7 +75,7 @@ def tokenizer_report(
 # %% ../nbs/20_ett.ipynb #689efe28
 @dataclass
 class ETTConfig(FuseLIPConfig):
-    "Sizes of the encoder, and how the tokenizer takes part; the defaults are `tiny-ett`'s."
+    "Sizes of the encoder, and how the tokenizer takes part; without a preset, as in `tiny-ett`."
     start: str = ""  # begin with the weights of this FuseLIP, a folder or a hub id
     tuned: bool = True  # False: vectors instead of ids, but the tokenizer stays frozen
     alpha: float = 0.25  # weight of the tokenizer's own loss
@@ -180,7 +180,7 @@ def picture_sequences(
 # %% ../nbs/20_ett.ipynb #f101a803
 @dataclass
 class ETTRun(Config):
-    "All that decides an ETT run; the defaults are the preset `tiny-ett`."
+    "All that decides an ETT run; without a preset, that of `tiny-ett`."
     encoder: ETTConfig = field(default_factory=ETTConfig)
 
 

@@ -85,7 +85,7 @@ def filip_loss(
 # %% ../nbs/19_filip.ipynb #4507db02
 @dataclass
 class FILIPConfig:
-    "Sizes of the two towers; the defaults are `tiny-filip`'s."
+    "Sizes of the two towers; without a preset, those of `tiny-filip`."
     width: int = 64
     layers: int = 5  # of each tower
     heads: int = 4
@@ -225,7 +225,8 @@ def localisation(
         words = [word for thing in scene.objects for word in (thing.colour, thing.shape)]
         matches = word_map(model, render(scene, model.image_size), words)
         of_objects = matches.view(len(scene.objects), 2, -1).mean(1)  # (objects, image tokens)
-        leads, side = of_objects - of_objects.mean(0), round(matches.shape[1] ** 0.5)
+        leads, side = of_objects - of_objects.mean(0), math.isqrt(matches.shape[1])
+        if side**2 != matches.shape[1]: raise ValueError(f"a picture has {matches.shape[1]} tokens here, which form no square, so none has a place; give a model whose tokens do, such as one that reads patches")
         for lead, thing in zip(leads, scene.objects):
             place = int(lead.argmax())
             found.append((place // side * GRID // side, place % side * GRID // side) in thing.cells)
@@ -301,7 +302,7 @@ def sharded_filip_loss(
 # %% ../nbs/19_filip.ipynb #4614923e
 @dataclass
 class FILIPRun:
-    "All that decides a FILIP run; the defaults are the preset `tiny-filip`."
+    "All that decides a FILIP run; without a preset, that of `tiny-filip`."
     data: str = "shapes"  # as for FuseLIP, but no token cache
     scenes: int = 5000  # of shapes
     tgit: int = 8  # transformations of each scene, of shapes

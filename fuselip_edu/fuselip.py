@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODEL_NAMES', 'FuseLIPConfig', 'MaskPredictionHead', 'init_encoder', 'find_ends', 'attention_mask', 'Encoded',
            'lay_out', 'SequenceEncoder', 'make_items', 'embed_sequences', 'ItemEncoder', 'TokenizedItems', 'FuseLIP',
-           'model_card', 'model_kind', 'read_model_config', 'saved_text_tokenizer', 'original_config', 'original_name',
-           'load_original_weights', 'load_original']
+           'named_after', 'model_card', 'model_kind', 'read_model_config', 'saved_text_tokenizer', 'original_config',
+           'original_name', 'load_original_weights', 'load_original']
 
 # %% ../nbs/08_fuselip.ipynb #d2007d0e
 import dataclasses, json, math, tempfile
@@ -29,13 +29,19 @@ from .vocab import ItemTokenizer, Vocab, item_sequence, pad_sequences
 # %% ../nbs/08_fuselip.ipynb #25a1a4a1
 @dataclass
 class FuseLIPConfig:
-    "Sizes of the encoder; the defaults are the `tiny` preset's."
+    "Sizes of the encoder; without a preset, those of `tiny`."
     width: int = 96
     layers: int = 4
     heads: int = 4
     mlp_ratio: float = 4.0  # hidden size of the MLP, in widths
     context: int = 64  # longest sequence
     original: bool = False  # keep the quirks of a published checkpoint; for loading one, not for training anew
+
+    def __post_init__(self):
+        for name in ("width", "layers", "heads"):
+            if getattr(self, name) < 1: raise ValueError(f"encoder.{name} must be at least 1, not {getattr(self, name)}")
+        if not self.mlp_ratio > 0: raise ValueError(f"encoder.mlp_ratio must be above 0, not {self.mlp_ratio}")
+        if self.context < 3: raise ValueError(f"encoder.context must hold <sot>, a word and <eot>, so at least 3, not {self.context}")
 
 # %% ../nbs/08_fuselip.ipynb #4c5ce1a8
 class MaskPredictionHead(nn.Module):
@@ -230,6 +236,11 @@ class FuseLIP(TokenizedItems, SequenceEncoder, ItemEncoder):
         return embed_sequences(self, list(distinct), batch_size)[torch.tensor([distinct[sequence] for sequence in sequences], dtype=torch.int64)]
 
 # %% ../nbs/08_fuselip.ipynb #f42eb386
+def named_after(folder): # RUN/model is the model of a run
+    folder = Path(folder).resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
 def _save_pretrained(self, folder:str|Path):
     "Write config.json, model.safetensors, the text tokenizer and a card; each file appears whole or not at all."
     folder, text_tokenizer = Path(folder), self.item_tokenizer.text_tokenizer
@@ -237,7 +248,7 @@ def _save_pretrained(self, folder:str|Path):
     text_tokenizer.save(folder)
     write_json(folder / "config.json", {"model": MODEL_NAMES[model_kind(type(self))], "encoder": dataclasses.asdict(self.config),
                                         "image_tokenizer": dataclasses.asdict(self.image_tokenizer.config), "text_tokenizer": text_tokenizer.name})
-    with atomic_path(folder / "README.md") as path: path.write_text(model_card(self, folder.resolve().name), encoding="utf-8")
+    with atomic_path(folder / "README.md") as path: path.write_text(model_card(self, named_after(folder)), encoding="utf-8")
 
 
 def _push_to_hub(self,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import load_image, progress, read_image, save_tensors, split_member, write_json
-from .evaluate import COLUMNS, published_row, ranks_of_right, recall_at, summarise, wilson
+from .evaluate import COLUMNS, finite, published_row, ranks_of_right, recall_at, summarise, wilson
 from .pairs import Item, Pair, Query
 from .sources import ShardSource, inside, mmeb_text, read_json, read_rows
 from .transforms import KINDS, transform_pairs
@@ -152,7 +152,8 @@ class TGITEval(EvalSet):
         elif not table.is_file(): self.notes = (f"{listed.name} counts the rows of val.csv; here it was taken to count the shards' images",)
         with _reading(folder, "", "an image and a caption in every sample"): self.images = [rows[index] for index in chosen[:images]]
         if table.is_file(): _present(table, {path: f"row {index}" for path, index in zip(self.images, chosen)})
-        self.count, self.files = len(self.images), (table, *self.images) if table.is_file() else sorted(folder.glob(SHARDS))
+        read = (table, *self.images) if table.is_file() else sorted(folder.glob(SHARDS))
+        self.count, self.files = len(self.images), (*read, listed) if listed.is_file() else read
         self._load = functools.lru_cache(maxsize=2)(self._load)
 
     def __len__(self): return self.count * len(KINDS)
@@ -475,7 +476,7 @@ class CachedModel:
         new = list({key: item for key, item in zip(keys, items) if key not in self.vectors}.items())
         for start in range(0, len(new), self.part):
             names, fresh = zip(*new[start:start + self.part])
-            stored = {"keys": torch.tensor([list(name) for name in names], dtype=torch.uint8), "vectors": self.model.embed_items(list(fresh), batch_size)}
+            stored = {"keys": torch.tensor([list(name) for name in names], dtype=torch.uint8), "vectors": finite(self.model.embed_items(list(fresh), batch_size))}
             save_tensors(stored, self.folder / f"{hashlib.blake2b(b''.join(names), digest_size=8).hexdigest()}.safetensors")
             self._keep(*stored.values())
             self.embedded += len(fresh)

@@ -11,7 +11,8 @@ __all__ = ['MODELS', 'PROBES', 'TITLES', 'CODEBOOKS', 'ABLATIONS', 'STUDENT', 'C
            'image_attention', 'fusion', 'rivals_table', 'modality_space']
 
 # %% ../nbs/21_reproduce.ipynb #8fb642e3
-import concurrent.futures, contextlib, copy, dataclasses, functools, hashlib, json, math, multiprocessing, os, random, re, statistics, sys, time
+import concurrent.futures, contextlib, copy, dataclasses, functools, hashlib, json, math, multiprocessing, os, random, re, statistics, sys, threading, time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +21,15 @@ import torch.nn.functional as F
 
 from .baselines import BASELINE_PRESETS, load_model
 from .batches import open_data
-from .core import atomic_path, load_image, provenance, write_json
+from .core import atomic_path, json_lines, load_image, provenance, write_json
 from .ett import ALL_PRESETS, build_model
 from .evaluate import COLUMNS, PAPER_COLUMN, PUBLISHED, as_prompts, rank_queries, shapes_tasks, summarise
 from .fuselip import FuseLIP
 from .pairs import Item, image_key
 from .shapes import captions, render, scene_at
 from .sources import CSVSource, fit_tokenizer
-from .titok import TOKENIZER_PRESETS, TiTokConfig, TokenizerTrainConfig
-from .train import backward, epoch_batches, make_batch, preset, train
+from .titok import TOKENIZER_PRESETS, TiTok, TiTokConfig, TokenizerTrainConfig
+from .train import backward, check_digests, digests, epoch_batches, last_speed, make_batch, preset, tokenizer_place, train
 from .transformer import key_mask
 
 # %% ../nbs/21_reproduce.ipynb #51df0062
@@ -58,11 +59,23 @@ def run_folder(asked): return Path(asked.run or ("runs/ablations" if asked.ablat
 
 def _check(asked): # before anything is trained
     if asked.seeds < 1: raise ValueError(f"seeds must be at least 1, not {asked.seeds}")
+    run = run_folder(asked)
+    if run.exists() and not run.is_dir(): raise ValueError(f"{str(run)!r} is a file; give another --run")
+    if run.is_dir() and any(run.iterdir()) and not (run / "minutes.json").exists(): raise ValueError(f"{str(run)!r} is not empty and holds no comparison; give another --run")
+    for name in ("steps", "tokenizer_steps", "text_vocab", "processes"):
+        if getattr(asked, name) < 0: raise ValueError(f"{name} must not be negative, and is {getattr(asked, name)}")
     if (asked.data == "shapes") != (not asked.tests): raise ValueError("give --data and --tests together: shapes has tests of its own, and other data need a folder of them")
     if asked.tokenizer and (asked.tokenizer_steps or asked.ablations): raise ValueError("give --tokenizer, or have one trained (--tokenizer-steps, --ablations), not both")
     if asked.ablations and asked.data != "shapes": raise ValueError("the ablations change shapes, their codes and their parts; leave out --data or --ablations")
     for model in asked.models.split(","):
         if model not in MODELS: raise ValueError(f"unknown model {model!r}; the models are {', '.join(MODELS)}")
+    sizes = {model: MODELS[model].format(asked.preset) for model in MODELS}
+    there = [model for model, name in sizes.items() if name in ALL_PRESETS]
+    for model in asked.models.split(","):
+        if model not in there: raise ValueError(f"there is no {model} of the size {asked.preset!r} (preset {sizes[model]!r}); it has {', '.join(there) or 'no model at all; give --preset tiny or small'}")
+    for config in (trial_config(model, 0, asked) for model in asked.models.split(",")):
+        if hasattr(config, "tokenizer") and (asked.ablations or not asked.tokenizer_steps): TiTok.from_pretrained(tokenizer_place(config.tokenizer))
+    if asked.data != "shapes": open_data(asked.data, 0, 32)
 
 # %% ../nbs/21_reproduce.ipynb #7add303e
 def trial_config(
@@ -109,10 +122,12 @@ class Curve:
         every = max(1, config.steps // points // config.log_every) * config.log_every
         self.path, self.due = folder / "curve.jsonl", {*range(every, config.steps, every), config.steps}
         self.batch_size, self.tasks = config.batch_size, tasks
-        self.rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        self.started = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+        kept = last_speed(folder)  # at the checkpoint from which training goes on; what came after it is done again
+        self.rows = [row for row in (json_lines(self.path) if self.path.exists() else []) if row["step"] <= kept.get("step", 0)]
+        self.asking = self.rows[-1].get("asking", 0.0) if self.rows else 0.0  # seconds, so far
+        self.started = time.monotonic() - kept.get("seconds_in_all", 0.0)
 
-    def seconds(self): return time.monotonic() - self.started  # of training alone
+    def seconds(self): return time.monotonic() - self.started - self.asking  # of training alone
 
     def __call__(self, step, model): # `watch` of `train`
         if step not in self.due: return
@@ -123,15 +138,15 @@ class Curve:
             row[name] = found["accuracy"]
             row |= {f"{name}: {kind}": part["accuracy"] for kind, part in found.get("kinds", {}).items()}
         model.train()
-        self.rows = [*(old for old in self.rows if old["step"] < step), row]
+        self.asking += time.monotonic() - paused
+        self.rows.append(row | {"asking": self.asking})
         with atomic_path(self.path) as path: path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.started += time.monotonic() - paused
 
 # %% ../nbs/21_reproduce.ipynb #f1702484
 def fingerprint(
     tasks:dict # {name: list of `Query`}
 ) -> str:
-    "Equal while every word and picture that is asked, and the order, are the same."
+    "Equal while every word and picture (a file by its path) that is asked, and the order, are the same."
     digest = hashlib.sha256()
     for name, queries in tasks.items():
         for query in queries:
@@ -151,14 +166,15 @@ def run_trial(
     "Train one model and ask it every query; a finished trial is read back, an interrupted one goes on."
     folder = Path(folder)
     settings = json.loads(json.dumps({"config": dataclasses.asdict(config), "asked": fingerprint(tasks)}))
-    path = folder / "trial.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        if {name: found.get(name) for name in settings} != settings:
-            raise ValueError(f"{str(folder)!r} holds a trial of another configuration, or that was asked other queries; give another --run, or remove the folder")
-        return found
-    folder.mkdir(parents=True, exist_ok=True)
+    path, begun = folder / "trial.json", folder / "config.json"
+    there = next((json.loads(file.read_text()) for file in (path, begun) if file.exists()), settings)
+    if {name: there.get(name) for name in settings} != settings:
+        raise ValueError(f"{str(folder)!r} holds a trial of another configuration, or that was asked other queries; give another --run, or remove the folder")
+    if path.exists(): return there
     model, pairs = build_model(config)
+    now = digests(model, pairs)
+    check_digests(folder, now)
+    for name, value in (("digests.json", now), ("config.json", settings)): write_json(folder / name, value)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     cost, curve = flops_per_pair(model, pairs, config.train), Curve(folder, config.train, points, probes)
     train(model, pairs, config.train, folder, resume=(folder / "checkpoints").is_dir(), watch=curve)
@@ -172,6 +188,16 @@ def run_trial(
 
 # %% ../nbs/21_reproduce.ipynb #7c4d7fe8
 def _one_thread(): torch.set_num_threads(1)
+
+
+def _end_with_parent(): # in a process of its own
+    multiprocessing.parent_process().join()
+    os._exit(1)  # nobody waits for it any more, and the next attempt will write to the same folder
+
+
+def _begin(start):
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if start: start()
 
 
 def _quiet_trial(config, folder, ask, probe, prepare): # in a process of its own; its lines of progress go into the folder
@@ -204,7 +230,7 @@ def side_by_side(
 ):
     "Call each in turn; after an error, or Ctrl-C, none is begun any more, and those that run are waited for. (Ctrl-C in a terminal reaches them, too.)"
     waiting, running = list(calls), {}
-    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start)
+    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, (start,))
     try:
         while waiting or running:
             begun, waiting = waiting[:processes - len(running)], waiting[processes - len(running):]  # a pool that is given more fetches them ahead
@@ -274,8 +300,8 @@ def paired_difference(
 
 # %% ../nbs/21_reproduce.ipynb #7c884023
 def _kind_weights(queries): # -> (n,), summing to 1, every kind the same
-    kinds = [query.kind for query in queries]
-    return torch.tensor([1 / kinds.count(kind) / len(set(kinds)) for kind in kinds], dtype=torch.float64)
+    count = Counter(query.kind for query in queries)
+    return torch.tensor([1 / count[query.kind] / len(count) for query in queries], dtype=torch.float64)
 
 
 def _clusters(queries): # -> (n,): queries about one thing belong together, or else those about one picture
@@ -361,8 +387,8 @@ def told_apart(
         return pixels[key]
     if not asked: return None
     back = torch.cat([tokenizer.decode(tokenizer.encode(torch.stack([shown(query.candidates[0]) for query in asked[start:start + 256]]))) for start in range(0, len(asked), 256)])
-    nearest = [int((torch.stack([shown(item) for item in query.candidates]).float() / 255 - picture).square().flatten(1).mean(1).argmin()) for query, picture in zip(asked, back)]
-    return nearest.count(0) / len(asked)
+    errors = [(torch.stack([shown(item) for item in query.candidates]).float() / 255 - picture).square().flatten(1).mean(1) for query, picture in zip(asked, back)]
+    return sum(bool(error[0] < error[1:].min()) for error in errors) / len(asked)  # a tie tells nothing
 
 # %% ../nbs/21_reproduce.ipynb #10087755
 @contextlib.contextmanager

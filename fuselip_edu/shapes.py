@@ -106,6 +106,7 @@ def sprite(
     elif shape == "cross":
         draw.rectangle((arm, edge, fine - arm, end), fill=255)
         draw.rectangle((edge, arm, end, fine - arm), fill=255)
+    else: raise ValueError(f"nothing says how to draw {shape!r}; it needs a branch here")
     return (np.asarray(canvas.resize((side, side), Image.Resampling.BOX), dtype=np.float32) / 255)[..., None]
 
 # %% ../nbs/02_shapes.ipynb #a73c66fe

@@ -673,6 +673,9 @@ class MMEBSource:
         if not self.places:
             raise FileNotFoundError(f"no rows of MMEB in {str(folder)!r}; expected files such as ImageNet_1K/original-00000-of-00001.parquet")
 
+    @property
+    def tables(self): return [path for _, path in self.files]
+
     def __len__(self): return len(self.places) // 2
 
     def __getitem__(self, index): # one `Pair` in a list; none where a side is empty
@@ -713,7 +716,7 @@ def open_questions(
     return TableSource(tables[0], "answer", "question")
 
 # %% ../nbs/12_sources.ipynb #b90f53a6
-NAMES = "shapes, csv:PATH, cc3m:DIR, cc3m-aug:DIR, cc12m:DIR, cc12m-aug:DIR, cc3m-vqa:PATH.csv, hq-edit:DIR, vg-crop:DIR, vg-vqa:DIR, mmeb:DIR"
+NAMES = "shapes, csv:PATH, table:FILE, shards:DIR, cc3m:DIR, cc3m-aug:DIR, cc12m:DIR, cc12m-aug:DIR, cc3m-vqa:PATH.csv, hq-edit:DIR, vg-crop:DIR, vg-vqa:DIR, mmeb:DIR"
 
 
 def open_source(
@@ -728,7 +731,7 @@ def open_source(
     "The source that a `--data` flag names."
     kind, _, place = name.partition(":")
     if kind == "shapes" and not place: return ShapesSource(scenes, seed, "train", size, tgit, without)
-    openers = {"csv": CSVSource, "cc3m": open_captions, "cc12m": open_captions,
+    openers = {"csv": CSVSource, "table": TableSource, "shards": lambda place: ShardSource(place, "*.tar"), "cc3m": open_captions, "cc12m": open_captions,
                "cc3m-aug": lambda place: AugmentedSource(open_captions(place), 0.9, seed, size),
                "cc12m-aug": lambda place: AugmentedSource(open_captions(place), 0.971, seed, size),
                "cc3m-vqa": open_questions, "hq-edit": HQEditSource,

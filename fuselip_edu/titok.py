@@ -28,7 +28,7 @@ from .transformer import Block, Muon, muon_groups
 # %% ../nbs/05_titok.ipynb #b31d689e
 @dataclass
 class TiTokConfig:
-    "Sizes of a tokenizer; the defaults are the `tiny` preset's."
+    "Sizes of a tokenizer; without a preset, those of `tiny`."
     image_size: int = 32  # pixels a side
     patch_size: int = 8  # pixels a side
     n_latents: int = 16  # codes an image
@@ -199,7 +199,7 @@ def fetch_folder(
     patterns=("config.json", "*.safetensors", "*.bin", "tokenizer.json") # the files wanted of the hub's
 ) -> Path: # the folder itself, or that of the downloaded files
     "Find a folder, on the hub if it is none here; `OSError` says what is wrong with the name or the connection."
-    folder, name = Path(id_or_folder), str(id_or_folder)
+    folder, name = Path(id_or_folder).expanduser(), str(id_or_folder)
     if folder.is_dir(): return folder
     if folder.exists(): raise NotADirectoryError(f"{name!r} is a file; give the folder that holds it")
     if folder.parent.is_dir() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
@@ -445,7 +445,7 @@ def train_tokenizer(
     while training.step < config.steps:
         error = training.advance()
         if not error.isfinite(): raise FloatingPointError(f"the error became {float(error)} at step {training.step - 1}; lower the learning rate (--train.lr)")
-        if training.step % config.log_every == 0:
+        if training.step % config.log_every == 0 or training.step == config.steps:
             training.log(error)
             if watch: watch(training.rows[-1])
         if keep and training.step % (5 * config.log_every) == 0: training.save(keep)

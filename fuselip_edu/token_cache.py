@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .batches import BadItems, Sizes, SourcePairs, Unreadable, read_batches, to_size
-from .core import atomic_path, load_image, progress, write_json
+from .core import atomic_path, load_image, progress, remove_unfinished, write_json
 from .text import TEXT_TOKENIZERS
 from .vocab import ItemTokenizer
 
@@ -124,9 +124,10 @@ def read_note(
 TRANSFORM = "random window of 90 to 100 % of the area, for every picture that is not final"
 
 
-def tables_digest(source): # of the tables, and of the names and sizes of the shards, that a source and those inside it are read from; "" for one that is made
+def tables_digest(source): # of the tables, and of the names and sizes of the shards or of several tables, that a source and those inside it are read from; "" for one that is made
     inner = [*getattr(source, "sources", {}).values(), *filter(None, [getattr(source, "source", None)])]
     found = [_checksum(source.path)] if isinstance(getattr(source, "path", None), Path) else []
+    found += map(_checksum, getattr(source, "tables", []))
     shards = [Path(file) for file in getattr(source, "shards", [])]
     if shards: found.append(hashlib.sha256("".join(f"{shard.name} {shard.stat().st_size}\n" for shard in shards).encode()).hexdigest())
     found += filter(None, map(tables_digest, inner))
@@ -166,7 +167,9 @@ def read_items(reader, indices, workers=0): # yields (index, list of `Pair` or `
 
 
 def _same_plan(folder, plan): # writes the plan of a new cache; `ValueError` if another one is there
-    path = Path(folder) / "plan.json"
+    path, folder = Path(folder) / "plan.json", Path(folder)
+    if folder.exists() and not folder.is_dir(): raise ValueError(f"{str(folder)!r} is a file; give a folder")
+    if not path.exists() and folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()): raise ValueError(f"{str(folder)!r} is not empty and holds no token cache; give another folder")
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if other := [name for name in plan if kept.get(name) != plan[name]]:
@@ -199,7 +202,9 @@ def tokenize_source(
             if isinstance(found, Unreadable): here[index] = str(found)
             writer.add(index, bad.passed_over(index, found))
         write_part(folder, view, part, writer.tables(), here)
-    return finish_cache(folder, plan, source.groups, max_bad)
+    manifest = finish_cache(folder, plan, source.groups, max_bad)
+    for place in ([folder] if world == 1 else Path(folder).glob("view-*")) if manifest else (): remove_unfinished(place)
+    return manifest
 
 # %% ../nbs/14_token_cache.ipynb #9db30a9d
 def finish_cache(

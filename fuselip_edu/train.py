@@ -7,35 +7,37 @@ __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'FREE', 'TrainConfig', '
            'parameter_groups', 'make_optimizer', 'Batch', 'item_keys', 'twins', 'mask_draws', 'make_batch',
            'contrastive_loss', 'lowered', 'forward', 'compiled_masked_loss', 'hidden_counts', 'masked_losses',
            'total_loss', 'loss_values', 'backward', 'trained_parameters', 'save_checkpoint', 'checked_step',
-           'load_checkpoint', 'seconds_trained', 'progress_line', 'RunLog', 'deferred_interrupt', 'update', 'share_of',
-           'epoch_batches', 'steps_an_epoch', 'own_rows', 'batches_from', 'check_model', 'prepare_device',
-           'check_world', 'begin', 'train', 'suspects', 'all_suspects', 'not_finite', 'scheduled', 'scalars', 'finish',
-           'Config', 'paper_training', 'preset', 'text_tokenizer_for', 'tokenizer_place', 'build_cached', 'open_pairs',
-           'build', 'open_run', 'differences']
+           'load_checkpoint', 'last_speed', 'seconds_trained', 'progress_line', 'RunLog', 'deferred_interrupt',
+           'update', 'share_of', 'epoch_batches', 'steps_an_epoch', 'check_batches', 'own_rows', 'batches_from',
+           'check_model', 'prepare_device', 'check_world', 'begin', 'held', 'train', 'suspects', 'all_suspects',
+           'not_finite', 'scheduled', 'scalars', 'finish', 'Config', 'paper_training', 'preset', 'text_tokenizer_for',
+           'tokenizer_place', 'build_cached', 'open_pairs', 'build', 'open_run', 'differences', 'data_digest',
+           'digests', 'check_digests']
 
 # %% ../nbs/16_train.ipynb #441e7993
-import contextlib, copy, dataclasses, functools, hashlib, itertools, json, math, signal, sys, threading, time
+import contextlib, copy, dataclasses, functools, hashlib, itertools, json, math, os, signal, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from .batches import BadItems, Reader, SourcePairs, Unreadable, grouped_batches, open_data, origins, parse_share, readable_groups, tokenize_pairs
 from .contrastive import sigmoid_loss, softmax_loss
-from .core import atomic_path, json_lines, keep_memory, pick_device, save_tensors, seed_everything, sent, write_json
+from .core import atomic_path, json_lines, keep_memory, pick_device, remove_unfinished, save_tensors, seed_everything, sent, write_json
 from .distributed import World, average_gradients, broadcast_parameters, full, gather_objects, gather_parameters, gather_rows, gather_values, piece_like, shard_parameters, sharded_sigmoid_loss
 from .fuselip import FuseLIP, FuseLIPConfig
 from .masking import mask_tokens, masked_loss, masked_loss_of_states
 from .text import BPE, CLIPBPE
 from .titok import PUBLISHED, TINY_TOKENIZER, TiTok
-from .token_cache import CachedPairs, saved_text
+from .token_cache import CachedPairs, image_tokenizer_digest, saved_text, tables_digest, text_tokenizer_digest
 from .transformer import Muon, muon_groups
 from .vocab import kind_of
 
 # %% ../nbs/16_train.ipynb #d3e68720
 @dataclass
 class TrainConfig:
-    "How to train; the defaults are the `tiny` preset's."
+    "How to train; without a preset, as `tiny`."
     steps: int = 2000  # optimiser steps
     epochs: int = 0  # passes over the data instead of `steps`; 0 means that `steps` counts
     seconds: float = 0.0  # stop after this long if it comes first; 0 means no limit. A run cut by the clock is not reproducible
@@ -70,9 +72,14 @@ class TrainConfig:
 def check_settings(config): # `ValueError` if a value of a `TrainConfig` cannot be meant
     for name in ("steps", "batch_size", "shards", "accumulation", "log_every", "checkpoint_every", "keep"):
         if getattr(config, name) < 1: raise ValueError(f"train.{name} must be at least 1, not {getattr(config, name)}")
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value): raise ValueError(f"train.{name} must be a number, not {value}")
     if config.grad_norm <= 0: raise ValueError(f"train.grad_norm must be above 0, not {config.grad_norm}; a large one such as 1e9 clips nothing")
     if config.loss not in ("sigmoid", "softmax"): raise ValueError(f"train.loss must be 'sigmoid' or 'softmax', not {config.loss!r}")
     if config.sharded and config.optimizer != "adamw": raise ValueError("train.sharded goes with --train.optimizer adamw, since Muon needs whole matrices")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1: raise ValueError(f"train.{name} must be from 0 to below 1, not {getattr(config, name)}")
+    if abs(config.seed) >= 2**40: raise ValueError(f"train.seed must lie between -2^40 and 2^40, not {config.seed}")
     for name in ("epochs", "seconds", "lr", "warmup_steps", "weight_decay", "mask_weight", "chunk"):
         if getattr(config, name) < 0: raise ValueError(f"train.{name} must not be negative, and is {getattr(config, name)}")
     if not 0 <= config.mask_probability <= 1: raise ValueError(f"train.mask_probability is a share, from 0 to 1, not {config.mask_probability}")
@@ -319,9 +326,12 @@ def load_checkpoint(
     return 0
 
 # %% ../nbs/16_train.ipynb #23b2680b
-def seconds_trained(run): # in all attempts up to the last checkpoint
-    try: return json.loads((Path(run) / "speed.json").read_text())["seconds_in_all"]
-    except (OSError, ValueError, KeyError): return 0.0
+def last_speed(run): # `RunLog.speed` at the last checkpoint; empty if there is none
+    try: return json.loads((Path(run) / "speed.json").read_text())
+    except (OSError, ValueError): return {}
+
+
+def seconds_trained(run): return last_speed(run).get("seconds_in_all", 0.0)  # in all attempts up to the last checkpoint
 
 
 def progress_line(log, row): # pairs a second and time left, of a `RunLog` at one of its rows
@@ -356,7 +366,7 @@ class RunLog:
             yield batch
 
     def speed(self, done): # since the run was started or resumed
-        return {"seconds_in_all": self.trained(), "steps": done - self.first, "seconds": self.elapsed(), "pairs_per_second": (done - self.first) * self.config.batch_size / self.elapsed(), "data_wait": self.waited / self.elapsed()}
+        return {"step": done, "seconds_in_all": self.trained(), "steps": done - self.first, "seconds": self.elapsed(), "pairs_per_second": (done - self.first) * self.config.batch_size / self.elapsed(), "data_wait": self.waited / self.elapsed()}
 
     def step(self, done, values, last=False): # after every step; the last one is always kept
         config = self.config
@@ -438,6 +448,11 @@ def steps_an_epoch(pairs, config:TrainConfig) -> int:
     return steps
 
 
+def check_batches(pairs, config): # `ValueError` if the data cannot be dealt, before a run has a folder
+    steps_an_epoch(pairs, config)
+    epoch_batches(pairs.groups, config, 0)
+
+
 def own_rows(inputs, own): # of both sides
     sides = {name: value.unflatten(0, (2, -1)) for name, value in inputs.items()}
     return {name: value[:, own].flatten(0, 1) for name, value in sides.items()}
@@ -455,7 +470,7 @@ def batches_from(first, pairs, config, world): # yields (step, shards, inputs) f
 
 # %% ../nbs/16_train.ipynb #e29d7929
 def check_model(model, config): # `ValueError` if the configuration asks for what this model does not have
-    for name, asked in (("compiled", config.compiled), ("precision bf16-stream", config.precision == "bf16-stream")):
+    for name, asked in (("compiled", config.compiled), ("precision bf16-stream", config.precision == "bf16-stream"), ("sharded", config.sharded)):  # in pieces, processes wait for each other in every layer, and a tower has no turn where a batch has nothing for it
         if asked and not hasattr(model, "transformer"): raise ValueError(f"train.{name} is for FuseLIP, not for {type(model).__name__}; leave it out")
 
 
@@ -464,7 +479,6 @@ def prepare_device(model, config, world): # the model where it is trained, with 
     on_gpu = model.device.type == "cuda"
     if on_gpu: torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     else: keep_memory()
-    check_model(model, config)
     if hasattr(model, "transformer"): model.transformer.stream = torch.bfloat16 if config.precision == "bf16-stream" else None
     if config.compiled:
         for block in model.transformer.resblocks: block.compile(dynamic=True)  # alike, so that one is compiled for all
@@ -485,7 +499,6 @@ def check_world(
 
 # %% ../nbs/16_train.ipynb #4491852c
 def begin(model, pairs, config, run, resume, world): # what comes before the first step -> (config with its steps, optimiser, steps done)
-    check_world(config, world)
     prepare_device(model, config, world)
     per_epoch = steps_an_epoch(pairs, config)
     if config.epochs: config = dataclasses.replace(config, steps=config.epochs * per_epoch)
@@ -496,12 +509,24 @@ def begin(model, pairs, config, run, resume, world): # what comes before the fir
     optimizer = make_optimizer(model, config)
     first = load_checkpoint(checkpoints, model, optimizer) if run and resume else 0
     if gather_values({"step": first}, world)["step"] != first: raise RuntimeError(f"rank {world.rank} has step {first} as its newest checkpoint, but others have another; --run must be a folder that all processes see")
-    if run and world.is_main:
-        for path in checkpoints.glob(".step-*.tmp"): path.unlink()  # of a run that was killed while it wrote
+    if run and world.is_main: remove_unfinished(run)  # of a run that was killed while it wrote
     if run and hasattr(pairs, "bad"): pairs.bad.write_to(Path(run) / (f"bad-{world.rank}.jsonl" if world.rank else "bad.jsonl"))
     return config, optimizer, first
 
 # %% ../nbs/16_train.ipynb #c9a0df43
+@contextlib.contextmanager
+def held(folder): # a run is trained by one process, or by one group of them, at a time; None holds nothing
+    lock = folder and FileLock(folder / ".lock")
+    try:
+        if lock:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+    except Timeout: raise RuntimeError(f"{str(folder)!r} is being trained by another process; wait for it, or stop it, or give another --run") from None
+    try: yield
+    finally:
+        if lock: lock.release()
+
+
 def train(
     model, # a `FuseLIP`, or another model whose `forward` takes what the pairs give
     pairs, # `TokenPairs`, `SourcePairs`, or others with `groups` and `batches`
@@ -511,10 +536,18 @@ def train(
     watch=None, # called as watch(step, model) every `log_every` steps, and after the last
     world:World=World() # the processes that train together
 ) -> list: # of dicts, one a logged step: step, pairs, loss, contrastive, masked, own (if the model has a loss of its own), lr, scale, bias, grad_norm
-    "Train; with a run folder, Ctrl-C leaves a checkpoint."
-    config, optimizer, first = begin(model, pairs, config, run, resume, world)
+    "Train; with a run folder, Ctrl-C leaves a checkpoint, and another process that trains there meanwhile is a `RuntimeError`."
+    check_world(config, world)
+    check_model(model, config)
+    steps_an_epoch(pairs, config)  # what cannot be is said before there is a folder
     main_folder = Path(run) if run and world.is_main else None
+    with held(main_folder): return _train(model, pairs, config, run, resume, watch, world, main_folder)
+
+
+def _train(model, pairs, config, run, resume, watch, world, main_folder):
+    config, optimizer, first = begin(model, pairs, config, run, resume, world)
     log = RunLog(main_folder, first, config, quiet=not world.is_main)
+    pressed = False  # Ctrl-C, in any process
     with deferred_interrupt() as interrupted:
         batches = ((step, shards, make_batch(inputs, model, config, step, world)) for step, shards, inputs in log.timed(batches_from(first, pairs, config, world)))
         coming = next(batches, None)
@@ -526,9 +559,10 @@ def train(
             losses = backward(model, batch, config, world)
             average_gradients(model, world)
             coming = next(batches, None)  # made while a GPU is at work on this one
-            stop = bool(interrupted) or 0 < config.seconds < log.trained()
-            losses = gather_values({**losses, "stop": float(stop)}, world)  # all processes stop, or none
-            stop, done = losses.pop("stop") > 0, step + 1
+            stops = {"interrupted": float(bool(interrupted)), "late": float(0 < config.seconds < log.trained())}
+            losses = gather_values({**losses, **stops}, world)  # all processes stop, or none
+            pressed, late = (losses.pop(name) > 0 for name in stops)
+            stop, done = pressed or late, step + 1
             try: norm = update(model, optimizer, lr, config.grad_norm, losses["loss"])
             except FloatingPointError as error: raise not_finite(error, step, main_folder, all_suspects(model, batch, pairs, shards, step, config, world)) from None
             log.step(done, {**{name: float(loss) for name, loss in losses.items()}, "lr": lr, **scalars(model), "grad_norm": norm}, stop)
@@ -539,7 +573,7 @@ def train(
                 if main_folder: write_json(main_folder / "speed.json", log.speed(done))
             if stop: break
     gather_parameters(model)
-    return finish(model, log, bool(interrupted), main_folder)
+    return finish(model, log, pressed, main_folder)
 
 # %% ../nbs/16_train.ipynb #ae6652ad
 def suspects(model, batch, items, config): # -> [{"item", "left", "right", "finite"}]: every pair of a batch, and whether its embeddings are finite
@@ -586,7 +620,7 @@ def finish(model, log, interrupted, main_folder): # -> the log's rows; an interr
 # %% ../nbs/16_train.ipynb #560b1743
 @dataclass
 class Config:
-    "All that decides a run; the defaults are the `tiny` preset."
+    "All that decides a run; without a preset, that of `tiny`."
     data: str = "shapes"  # csv:PATH, a set of chapter 12 such as cc3m:DIR, a mixture of chapter 13 such as cc3m-mm:ROOT, or a token cache cache:DIR
     scenes: int = 5000  # of shapes
     tgit: int = 8  # transformations of each scene, of shapes
@@ -658,17 +692,19 @@ def build_cached(config): # of a token cache: nothing is read or tokenized, and 
     text_tokenizer = saved_text(folder)
     model = FuseLIP.from_pretrained(config.init) if config.init else FuseLIP(config.encoder, TiTok.from_pretrained(tokenizer_place(config.tokenizer)), text_tokenizer)
     pairs = CachedPairs(folder, model.item_tokenizer, config.ahead)
-    steps_an_epoch(pairs, config.train)
+    check_batches(pairs, config.train)
     return model, pairs
 
 
 def open_pairs(source, model, config, keep): # `keep` makes of groups what a model is trained on, where they are read ahead
     check_model(model, config.train)  # before anything is read
+    if config.workers < 0: raise ValueError(f"workers must not be negative, and is {config.workers}; 0 reads in this process")
+    if getattr(config, "encoder", None) and getattr(config.encoder, "original", False): raise ValueError("encoder.original keeps the quirks of a published checkpoint and is not for training anew; leave it out, or fine-tune one with --init")
     model.to(pick_device(config.train.device))  # where its tokenizer is quickest
     bad = BadItems(sum(map(len, source.groups)), parse_share(config.max_bad))
     pairs = keep(readable_groups(source, bad)) if config.ahead else SourcePairs(source, model, config.train.seed, config.workers, bad)
     pairs.bad = bad
-    steps_an_epoch(pairs, config.train)  # too little data is an error here, before a run has a folder
+    check_batches(pairs, config.train)
     return pairs
 
 
@@ -704,6 +740,8 @@ def open_run(
         if different: raise ValueError(f"{str(run)!r} holds a run with another configuration ({'; '.join(different[:3])}); give another --run")
         if not resume: raise ValueError(f"{str(run)!r} already holds this run; add --resume to continue it, or give another --run")
     elif run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()): raise ValueError(f"{str(run)!r} is not empty and holds no run; give another --run")  # a kill may leave half a file that begins with a dot
+    below = next(place for place in (run.absolute(), *run.absolute().parents) if os.path.lexists(place))
+    if not below.is_dir() or not os.access(below, os.W_OK): raise ValueError(f"{str(run)!r} cannot be written: {str(below)!r} is {'not writable' if below.is_dir() else 'no folder'}; give another --run")
     return run
 
 
@@ -712,3 +750,36 @@ def differences(there, here, prefix=""): # -> (name, value there, value here) of
         a, b = there.get(name), here.get(name)
         if isinstance(a, dict) and isinstance(b, dict): yield from differences(a, b, f"{prefix}{name}.")
         elif a != b: yield f"{prefix}{name}", a, b
+
+# %% ../nbs/16_train.ipynb #0ab51319
+def data_digest(pairs, first_code): # of any data for training: equal while it holds the same pairs in the same groups
+    if hasattr(pairs, "folder"): return hashlib.sha256((pairs.folder / "manifest.json").read_bytes()).hexdigest()  # of a token cache, whose parts have checksums there
+    if hasattr(pairs, "source"): return f"{len(pairs)} items {tables_digest(pairs.source)}"  # of what is read as it goes
+    sides = (pairs.left, pairs.right) if hasattr(pairs, "left") else (pairs.texts,)
+    tensors = [tensor for side in sides for tensor in (side.values.clamp(max=first_code), side.lengths)]  # all codes alike: another device may find a neighbour now and then
+    tensors += [getattr(pairs, name) for name in ("images", "rows") if hasattr(pairs, name)]
+    digest = hashlib.sha256(json.dumps(pairs.groups).encode())
+    for tensor in tensors: digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def digests(
+    model, # before its first step
+    pairs
+) -> dict: # {what: digest}
+    "What a run depends on beside its configuration: its tokenizers and its data."
+    holder = getattr(model, "item_tokenizer", model)
+    found = {"data": data_digest(pairs, model.vocab.first_code), "text tokenizer": text_tokenizer_digest(holder.text_tokenizer)}
+    if hasattr(holder, "image_tokenizer"): found["image tokenizer"] = image_tokenizer_digest(holder.image_tokenizer)
+    return found
+
+
+def check_digests(
+    run:str|Path, # folder
+    now:dict # of `digests`
+):
+    "`ValueError` if the run in the folder was begun with other data or tokenizers; the first time, there is nothing to compare."
+    path = Path(run) / "digests.json"
+    there = json.loads(path.read_text()) if path.exists() else now
+    if other := [name for name in now if there.get(name) != now[name]]:
+        raise ValueError(f"{str(run)!r} was begun with another {' and another '.join(other)}, though of the same name; bring back what it was begun with, or give another --run")

@@ -88,6 +88,42 @@ def test_numbers_of_the_neighbours_come_from_their_results(root):
         for line in reproduction_table(found, ()).splitlines(): assert line in text, f"{path} is not of data/results/neighbours.json; run make notebooks"
 
 
+def test_the_first_page_is_made_from_the_results(root, monkeypatch):
+    "Every table and number of README that is not in a sentence: its cells, run again, give what is committed."
+    monkeypatch.chdir(root / "nbs")
+    names, tables = {}, 0
+    for cell in json.loads((root / "nbs" / "index.ipynb").read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or source.startswith("#| eval: false"): continue
+        *before, last = ast.parse(source).body
+        exec(compile(ast.Module(before, []), "index", "exec"), names)
+        shown = [data for output in cell["outputs"] for data in [output.get("data", {}).get("text/markdown")] if data]
+        if not shown: exec(compile(ast.Module([last], []), "index", "exec"), names)
+        else:
+            made = eval(compile(ast.Expression(last.value), "index", "eval"), names).data
+            assert "".join(shown[0]) == made, "index.ipynb is not of data/results; run make notebooks"
+            for line in made.splitlines(): assert line in (root / "README.md").read_text()
+            tables += 1
+    assert tables >= 6
+
+
+def test_pins_can_be_installed_with_every_python_that_the_package_takes(root):
+    "A release that needs a newer one is pinned with a marker that says so."
+    from importlib.metadata import distributions
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+    oldest = re.search(r"min_python *= *([\d.]+)", (root / "settings.ini").read_text())[1]
+    pins = {pin.name.lower().replace("_", "-"): pin for line in (root / "constraints.txt").read_text().splitlines() if line and not line.startswith("#") for pin in [Requirement(line)]}
+    needs = {found.metadata["Name"].lower().replace("_", "-"): (found.version, found.metadata["Requires-Python"]) for found in distributions()}
+    checked = 0
+    for name, pin in pins.items():
+        version, python = needs.get(name, (None, None))
+        if not python or not pin.specifier.contains(version or "0", prereleases=True): continue
+        checked += 1
+        if not SpecifierSet(python).contains(f"{oldest}.0"): assert pin.marker and not pin.marker.evaluate({"python_version": oldest, "python_full_version": f"{oldest}.0"}), f"{pin} needs Python {python}"
+    assert checked > 50
+
+
 def test_numbers_of_the_demo_come_from_its_results(root):
     tasks = json.loads((root / "data" / "results" / "demo.json").read_text())["tasks"]
     rows = [line for line in (root / "README.md").read_text().splitlines() if re.match(r"\| .*\d+\.\d – \d+\.\d", line)]

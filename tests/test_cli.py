@@ -87,6 +87,15 @@ def test_a_run_can_be_resumed_and_not_overwritten(run, csv, root):
     assert command(*same, "--resume", "--max-bad", "2%", "--train.accumulation", "2", root=root).returncode == 0  # how it is done, not what it is
 
 
+def test_a_run_does_not_go_on_with_other_data_of_the_same_name(csv, root, tmp_path):
+    table = csv.parent / "grows.csv"
+    table.write_text(csv.read_text())
+    words = *TRAIN, "--data", f"csv:{table}", "--run", tmp_path / "run"
+    assert command(*words, root=root).returncode == 0 and command(*words, "--resume", root=root).returncode == 0
+    table.write_text(csv.read_text().replace("a red", "a crimson", 1))
+    assert "begun with another data" in failure(*words, "--resume", root=root)
+
+
 def test_a_truncated_image_is_named_and_nothing_is_written(csv, root, tmp_path):
     whole = (csv.parent / "red.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -120,6 +129,27 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
     (["train", "--init", "no/such/folder", "--run", "runs/never"], "no/such/folder"),
     (["train", "--preset", "tiny-sf", "--tokenizer", "tiny"], "--tokenizer"),
     (["evaluate", "--suite", "other", "--model", "x"], "unknown suite 'other'; the one suite is paper"),
+    (["evaluate", "--model", "x", "--tasks", "tgit"], "--tasks chooses among those of --suite paper"),
+    (["evaluate", "--model", "x", "--out", "."], "'.' is a folder; give a file"),
+    (["embed", "--model", "x", "--texts", "a", "--out", "setup.py/x"], "is no folder; give another place"),
+    (["benchmark", "--json", "setup.py/x"], "is no folder; give another place"),
+    (["train", "--run", "setup.py/x"], "is no folder; give another --run"),
+    (["train", "--train.beta1", "1.5", "--run", "runs/never"], "train.beta1 must be from 0 to below 1"),
+    (["train", "--train.lr", "nan", "--run", "runs/never"], "train.lr must be a number, not nan"),
+    (["train", "--encoder.layers", "0", "--run", "runs/never"], "encoder.layers must be at least 1"),
+    (["train", "--encoder.mlp-ratio", "0", "--run", "runs/never"], "encoder.mlp_ratio must be above 0"),
+    (["train", "--encoder.original", "--scenes", "20", "--run", "runs/never"], "not for training anew"),
+    (["train", "--workers", "-1", "--scenes", "20", "--run", "runs/never"], "workers must not be negative"),
+    (["train", "--init", "runs/x", "--encoder.layers", "9", "--run", "runs/never"], "the model of --init decides encoder"),
+    (["train", "--data", "cache:runs/x", "--text-vocab", "300", "--run", "runs/never"], "the token cache decides text-vocab"),
+    (["train", "--preset", "tiny-sf", "--speed", "3"], "fuselip-edu train --preset tiny-sf --help lists the flags"),
+    (["embed", "--model", "x", "--texts", "a", "--out", "setup.py"], "is there, and no safetensors file"),
+    (["embed", "--model", "x", "--images", "a", "b", "--texts", "c"], "put - where there is none"),
+    (["tokenize", "--scenes", "2", "--text-vocab", "0", "--out", "nbs"], "is not empty and holds no token cache"),
+    (["tokenize", "--scenes", "2", "--text-vocab", "0", "--out", "setup.py"], "is a file; give a folder"),
+    (["reproduce", "--run", "nbs"], "is not empty and holds no comparison"),
+    (["reproduce", "--run", "setup.py"], "is a file; give another --run"),
+    (["train", "--run=~/no/such/folder", "--data", "csv:~/no-such.csv"], os.path.expanduser("~/no-such.csv")),
     (["data"], "data check NAME"),
     (["data", "check"], "data check NAME"),
     (["data", "fetch", "cc3m"], "data check NAME"),
@@ -139,11 +169,37 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
 def test_wrong_words(words, expected, root): assert expected in failure(*words, root=root)
 
 
+def test_a_terminal_gets_the_same_line(root):
+    pty = pytest.importorskip("pty")
+    for words, told in ((["train", "--train.steps", "x"], "--train.steps"), (["train", "--train.lr", "-1"], "train.lr must not be negative"), (["evaluate"], "--model")):
+        here, there = pty.openpty()
+        process = subprocess.Popen([sys.executable, "-m", "fuselip_edu", *words], cwd=root, stdin=there, stdout=there, stderr=there, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"})
+        os.close(there)
+        said = b""
+        while True:
+            try: part = os.read(here, 4096)
+            except OSError: break  # nobody writes any more
+            if not part: break
+            said += part
+        process.wait()
+        os.close(here)
+        assert process.returncode == 1 and told in said.decode() and "fuselip-edu: error: " in said.decode() and "\x1b" not in said.decode(), said
+
+
+def test_help_of_a_command_names_the_flags_that_are_read_beforehand(root):
+    done = command("train", "--preset", "tiny-sf", "--help", root=root)
+    assert done.returncode == 0 and "fuselip-edu train --preset tiny-sf [--run FOLDER] [--resume]" in " ".join(done.stdout.split())
+    done = command("data", "--help", root=root)
+    assert done.returncode == 0 and "data check NAME" in done.stdout
+    narrow = subprocess.run([sys.executable, "-m", "fuselip_edu", "--help"], cwd=root, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert narrow.returncode == 0 and b"fuselip-edu COMMAND" in narrow.stdout
+
+
 def test_a_text_longer_than_the_context_is_cut_and_said_once(csv, root, tmp_path):
     long = csv.parent / "long.csv"
     long.write_text("image,text\n" + "".join(f"red.png,{'very ' * 100}{index}\n" for index in range(8)))
     done = command(*TRAIN, "--data", f"csv:{long}", "--run", tmp_path / "run", root=root)
-    assert done.returncode == 0 and done.stderr.count("was cut") == 1, done.stderr
+    assert done.returncode == 0 and done.stderr.count("was cut") == 1 and "fuselip-edu: note: a text of " in done.stderr and "Warning" not in done.stderr, done.stderr
 
 
 def test_a_full_disk_while_saving(csv, root, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fuselip_edu import data
-from fuselip_edu.data import SETS, check, data_list, get, language_model, make_vqa, numbered_gaps, parse_vqa, report_text, vqa_prompt
+from fuselip_edu.data import SETS, check, data_list, get, in_runs, language_model, make_vqa, numbered_gaps, parse_vqa, report_text, vqa_prompt
 from fuselip_edu.sources import open_source
 
 
@@ -203,6 +203,18 @@ def test_broken(name, tmp_path):
     spoil(tmp_path / "set" / file)
     report = check(name, tmp_path / "set")
     assert report.state == "broken" and any(words in text for text in report.broken), report.broken
+
+
+def test_a_model_that_is_none_leaves_no_journal(tmp_path):
+    make_cc3m(tmp_path / "set")
+    with pytest.raises(Exception): make_vqa(f"cc3m:{tmp_path / 'set'}", str(tmp_path / "no-model"), tmp_path / "v.csv")
+    assert not (tmp_path / "v.jsonl").exists()
+
+
+def test_files_that_are_missing_are_all_named():
+    name = lambda number: f"cc3m-train-{number:04}.tar"
+    assert in_runs([name(number) for number in (3, 77, 200, 201, 202, 401, 500)]) == [name(3), name(77), f"{name(200)} to {name(202)}", name(401), name(500)]
+    assert in_runs(["val.csv", "a-9.tar", "a-10.tar", "b-11.tar"]) == ["val.csv", "a-9.tar to a-10.tar", "b-11.tar"] and in_runs([]) == []
 
 
 def test_a_broken_picture_is_named(tmp_path):

@@ -174,3 +174,19 @@ def test_rankings_are_drawn_with_the_right_one_in_green(tasks):
     figure = e.show_rankings(queries, [-score for score in scores], best=3)  # the right one is the worst of all
     last = [figure.axes[row * 4 + 3].get_title() for row in range(3)]
     assert [title.split("  ")[1] for title in last] == ["right" if len(query.candidates) <= 3 else f"right, no. {len(query.candidates)}" for query in queries]
+
+
+def test_what_is_no_number_ranks_last_and_is_told():
+    queries, labels = torch.eye(3), torch.arange(3)
+    assert e.ranks_of_right(queries, torch.full((3, 3), float("nan")), labels, labels).min() > 0
+    broken = torch.eye(3)
+    broken[1] = float("nan")
+    assert e.ranks_of_right(queries, broken, labels, labels)[1] > 0
+
+    class Broken:
+        def embed_items(self, items, batch_size): return torch.full((len(items), 4), float("nan"))
+
+    with pytest.raises(ValueError, match="3 of 3 embeddings are not finite"): e.rank_queries(Broken(), [Query(Item(text="a"), (Item(text="b"), Item(text="c")))])
+
+
+def test_an_interval_stays_a_share(): assert all(0 <= e.wilson(0.0, n)[0] and e.wilson(1.0, n)[1] <= 1 for n in range(1, 2000))

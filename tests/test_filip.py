@@ -19,7 +19,7 @@ from fuselip_edu.shapes import render, scene_at
 from fuselip_edu.sources import ShapesSource, source_groups
 from fuselip_edu.batches import tokenize_pairs
 from fuselip_edu.text import BPE
-from fuselip_edu.titok import TINY_TOKENIZER, TiTok
+from fuselip_edu.titok import TINY_TOKENIZER, TiTok, TiTokConfig
 from fuselip_edu.train import TrainConfig, backward, make_batch, train
 
 TEXTS = ["a red circle and a blue square", "turn it", "what colour is the circle?"]
@@ -205,6 +205,12 @@ def test_patches_train_too(tmp_path):
 
 def test_words_that_are_no_words_of_the_text_are_refused(models):
     with pytest.raises(ValueError, match="too long, or its tokens are not"): f.word_map(models["codes"], ITEMS[0].image, ["red"] * 80)
+
+
+def test_tokens_that_form_no_square_have_no_places():
+    tokenizer = TiTok(TiTokConfig(n_latents=12))
+    model = f.FILIP(f.FILIPConfig(layers=1), tokenizer, BPE.train(["a red circle"], 300)).eval()
+    with pytest.raises(ValueError, match="12 tokens here, which form no square"): f.localisation(model, [scene_at(0, count=2)])
 
 
 def test_prompts_are_averaged_after_comparing(models):

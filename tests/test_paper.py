@@ -192,6 +192,8 @@ def test_tgit_without_the_list_takes_the_first_images_and_says_so(tmp_path):
     folder = make_cc3m(tmp_path)
     source = paper.TGITEval(folder, size=32, images=2)
     assert [path[-5:] for path in source.images] == ["0.jpg", "1.jpg"] and "first images" in source.remarks[1]
+    write(folder / "eval_augmented_idcs.txt", "1 0")
+    assert paper.data_fingerprint(paper.TGITEval(folder, size=32, images=2)) != paper.data_fingerprint(source)  # so a score without the list is not taken for one with it
     write(folder / "eval_augmented_idcs.txt", "1 5")
     with pytest.raises(ValueError, match="eval_augmented_idcs.txt.*row 5 of 5"): paper.TGITEval(folder)
     (folder / "val" / "1.jpg").unlink()

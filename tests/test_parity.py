@@ -20,7 +20,7 @@ from fuselip_edu.fuselip import FuseLIP, original_name
 from fuselip_edu.masking import mask_tokens, masked_loss
 from fuselip_edu.text import CLIPBPE
 from fuselip_edu.titok import TiTok, TiTokConfig
-from fuselip_edu.train import learning_rate, parameter_groups
+from fuselip_edu.train import Batch, TrainConfig, backward, learning_rate, make_optimizer, parameter_groups, update
 from fuselip_edu.transforms import EVAL_COUNT, KINDS, grayscale, transform_pairs
 from fuselip_edu.vocab import Vocab
 from test_transforms import FORMS, apply
@@ -304,6 +304,26 @@ def test_one_step_of_training(model, io, metadata):
         difference, sure = (p.detach() - value).abs(), p.grad.abs() > 1e-6
         assert difference.max() < 2.1e-3, name  # AdamW's first step is lr × the gradient's sign, which rounding decides where it is all but 0
         assert not sure.any() or difference[sure].max() < 1e-5, (name, difference[sure].max())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_one_step_of_the_training_loop(model, io, metadata, accumulation, chunk):
+    "The same by the functions that `train` calls: `backward`, in parts and in chunks, the fused optimiser, and `update`."
+    config = TrainConfig(optimizer="adamw", lr=1e-3, weight_decay=1.0, beta2=0.98, accumulation=accumulation, chunk=chunk, skip_twins=False, batch_size=2 * len(io["train.left.masked_ids"]), device="cpu")
+    stacked = lambda name: torch.cat([io[f"train.{side}.{name}"] for side in ("left", "right")])
+    ids = stacked("masked_ids")
+    optimizer = make_optimizer(model.train(), config)
+    losses = backward(model, Batch({"ids": ids, "lengths": lengths_of(ids, model.vocab), "labels": stacked("labels")}), config)
+    close(losses["loss"], io["train.loss.total"])
+    assert float(update(model, optimizer, config.lr, config.grad_norm, losses["loss"])) == pytest.approx(metadata["fuse"]["grad_norm"], rel=1e-5)
+    parameters, checked = dict(model.named_parameters()), 0
+    for name, value in ((name.removeprefix("after_step."), value) for name, value in io.items() if name.startswith("after_step.")):
+        p = parameters[name]
+        difference, sure = (p.detach() - value).abs(), p.grad.abs() > 1e-6
+        assert difference.max() < 2.1e-3 and (not sure.any() or difference[sure].max() < 1e-5), name
+        checked += 1
+    assert checked > 5
 
 
 def test_weight_decay_names(model, metadata):

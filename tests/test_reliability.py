@@ -107,10 +107,19 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(place, w
         reached.append(_steps(torn))
     finish(torn, config, world)
     assert len(set(reached)) > kills // 2 and reached[-1] < config.steps
-    assert not list(torn.glob("checkpoints/.*"))  # what was half written is gone
+    assert not list(torn.rglob("*.tmp"))  # what was half written is gone
     assert written(torn) == written(whole)
     steps = [json.loads(line)["step"] for line in (torn / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, config.steps + 1))
+
+
+def test_an_interrupt_of_one_rank_stops_both_and_finishes_nothing(place):
+    config, folder = settings(), place / "pressed"
+    processes = start(folder, config, 2)
+    while _steps(folder) < 5 and all(process.is_alive() for process in processes): time.sleep(0.002)
+    os.kill(processes[1].pid, signal.SIGINT)
+    for process in processes: process.join(40)
+    assert all(process.exitcode for process in processes) and not (folder / "model").exists() and 5 <= _steps(folder) < config.steps
 
 
 def _steps(folder): # done, by what is written
@@ -395,6 +404,7 @@ def test_a_cache_that_is_killed_is_the_cache_of_an_uninterrupted_run(tmp_path, s
     manifest = tokenize_source(source, small_model().item_tokenizer, whole, plan)
     assert scenes == 200 or manifest["images"] > 100_000
     names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(torn) for path in torn.rglob("*") if path.is_file())  # what was half written is gone
     assert len(names) > 30 and all((torn / name).read_bytes() == (whole / name).read_bytes() for name in names)
 
 

@@ -4,7 +4,12 @@ import functools
 import itertools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +112,52 @@ def test_a_trial_of_another_configuration_is_not_overwritten(change, tasks, tmp_
     with pytest.raises(ValueError, match="another configuration"): r.run_trial(small("sf"), tmp_path, shapes_tasks(20, 0, 32, ("tgit",)), {})
 
 
+def test_an_interrupted_trial_goes_on_as_what_it_is_or_not_at_all(tasks, tmp_path, monkeypatch):
+    def broken(self, step, model): raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(r.Curve, "__call__", broken)
+        r.run_trial(small("sf", log_every=4), tmp_path, tasks, {})
+    assert (tmp_path / "checkpoints").is_dir() or (tmp_path / "metrics.jsonl").exists()
+    for other in (small("sf", log_every=4, lr=1e-5), small("sf", log_every=4, weight_decay=0.3)):
+        with pytest.raises(ValueError, match="another configuration.*--run"): r.run_trial(other, tmp_path, tasks, {})
+
+
+def test_the_clock_of_a_curve_goes_on_from_the_checkpoint(tmp_path):
+    row = lambda step, seconds, asking: json.dumps({"step": step, "pairs": step, "seconds": seconds, "asking": asking}) + "\n"
+    (tmp_path / "curve.jsonl").write_text(row(4, 100.0, 10.0) + row(8, 200.0, 20.0) + row(12, 1000.0, 30.0))
+    (tmp_path / "speed.json").write_text(json.dumps({"step": 10, "seconds_in_all": 270.0}))
+    curve = r.Curve(tmp_path, small("sf").train, 3, {})
+    assert [row["step"] for row in curve.rows] == [4, 8] and curve.seconds() == pytest.approx(250.0, abs=2)  # step 12 will be done again
+    (tmp_path / "speed.json").unlink()
+    assert not r.Curve(tmp_path, small("sf").train, 3, {}).rows  # nor is anything left of a run without a checkpoint
+
+
+def hold(path): # for a minute
+    path.write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_trainings_end_with_the_command_that_began_them(tmp_path):
+    "Or they would go on writing while its next attempt writes to the same folder."
+    path = tmp_path / "pid"
+    code = f"import sys, functools, pathlib; sys.path.insert(0, {os.path.dirname(__file__)!r})\nif __name__ == '__main__':\n    import test_reproduce as t\n    t.r.side_by_side({{'held': functools.partial(t.hold, pathlib.Path({str(path)!r}))}}, 1, print)"
+    (tmp_path / "main.py").write_text(code)
+    process = subprocess.Popen([sys.executable, tmp_path / "main.py"])
+    for _ in range(600):
+        if path.exists() and path.read_text(): break
+        time.sleep(0.1)
+    pid = int(path.read_text())
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        try: os.kill(pid, 0)
+        except ProcessLookupError: return
+        if "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]: return  # ended, and nobody has asked for its status
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    raise AssertionError("the training outlived its command")
+
+
 def test_trials_side_by_side_are_trials_one_by_one(tmp_path):
     trials = lambda folder: {name: (small(name), tmp_path / folder / name) for name in ("sf", "mlf")}
     alone, together = r.run_trials(trials("a"), ask, probe, processes=1), r.run_trials(trials("b"), ask, probe, processes=2)
@@ -157,15 +208,23 @@ def test_what_takes_longest_begins_first():
     assert in_turn == ["64 codes", *(f"{model}, seed {seed}" for model in ("ett", "fuselip", "sf", "mlf") for seed in (0, 1))]
 
 
-def test_unknown_models_and_seeds_are_refused_before_anything_is_trained(tmp_path, capsys):
+def test_unknown_models_and_seeds_are_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch):
     assert main(["reproduce", "--models", "fuselip,clip", "--run", str(tmp_path / "run")]) == 1
     assert "unknown model 'clip'; the models are fuselip, sf, mlf" in capsys.readouterr().err
     assert main(["reproduce", "--preset", "huge", "--run", str(tmp_path / "run")]) == 1
-    assert "unknown preset 'huge'" in capsys.readouterr().err
+    assert "there is no fuselip of the size 'huge'" in capsys.readouterr().err
     assert main(["reproduce", "--seeds", "0", "--run", str(tmp_path / "run")]) == 1
     assert "seeds must be at least 1" in capsys.readouterr().err
     assert main(["reproduce", "--data", "csv:x.csv", "--run", str(tmp_path / "run")]) == 1
     assert "--data and --tests together" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    (tmp_path / "tests").mkdir()
+    for words, told in ((["--steps", "-3"], "steps must not be negative, and is -3"), (["--processes", "-2"], "processes must not be negative"), (["--tokenizer", str(tmp_path / "no" / "where")], "there is no folder"),
+                        (["--preset", "small", "--models", "fuselip,filip"], "there is no filip of the size 'small' (preset 'small-filip'); it has fuselip, sf, mlf"), (["--ablations", "--tokenizer-steps", "-1"], "tokenizer_steps must not"),
+                        (["--data", "csv:nowhere.csv", "--tests", str(tmp_path / "tests")], "no CSV file at 'nowhere.csv'")):
+        assert main(["reproduce", *words, "--run", str(tmp_path / "run")]) == 1 and told in capsys.readouterr().err and not (tmp_path / "run").exists()
+    monkeypatch.chdir(tmp_path)  # where nobody has trained the tokenizer of small
+    for more in ([], ["--ablations"]):
+        assert main(["reproduce", "--preset", "small", *more, "--run", "run"]) == 1 and "train-tokenizer --preset small" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 # ---- differences
@@ -451,6 +510,7 @@ def test_codes_tell_a_picture_if_it_is_nearest_to_what_they_give_back():
     assert r.told_apart(Recalled(back), queries) == 1.0
     assert r.told_apart(Recalled(back[[1, 1, 3, 3]]), queries) == pytest.approx(1 / 3)  # the first and the third give back another
     assert r.told_apart(Recalled(back), queries[3:]) is None
+    assert r.told_apart(Recalled(back), [query(0, 0, 1)]) == 0.0  # a tie tells nothing
 
 
 def test_the_table_of_rivals_says_what_codes_could_tell():

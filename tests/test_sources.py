@@ -264,7 +264,7 @@ def test_open_source(folder):
     source = open_source("shapes", scenes=3, seed=1, size=16, tgit=2)
     assert content(source) == content(ShapesSource(3, 1, "train", 16, 2))
     for name in ("table.csv", "csv:", "shapes:3", ""):
-        with pytest.raises(ValueError, match="unknown data .*; give shapes, csv:PATH, cc3m:DIR"): open_source(name)
+        with pytest.raises(ValueError, match="unknown data .*; give shapes, csv:PATH, table:FILE, shards:DIR, cc3m:DIR"): open_source(name)
 
 
 # The paper's training sets, each in the format in which it is published
@@ -922,6 +922,15 @@ class _White:
 
 def test_a_negative_number_of_transformations_is_refused():
     with pytest.raises(ValueError, match="tgit is the number of transformations.*0 or more, not -1"): ShapesSource(3, tgit=-1)
+
+
+def test_own_shards_and_tables_under_any_name(shards, captions, tmp_path):
+    expected = len(open_source(f"cc3m:{shards}"))
+    for number, path in enumerate(sorted(shards.glob("*.tar"))): path.rename(shards / f"{number:05}.tar")  # as img2dataset calls them
+    assert len(open_source(f"shards:{shards}")) == expected
+    rows = list(read_rows(captions, ("path", "caption")))
+    (captions.parent / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for _, row in rows))
+    assert len(open_source(f"table:{captions.parent / 'mine.jsonl'}")) == len(rows) == 3
 
 
 def test_brackets_in_the_names_of_folders_and_files(edits, shards, hub_cache):

@@ -202,4 +202,8 @@ def test_a_table_that_has_changed_is_not_continued(tokenizer, tmp_path):
         Shards.shards[0].write_bytes(bytes(size))
         digests.add(cache_plan(Shards(2), tokenizer, "cc3m")["tables"])
     assert len(digests) == 2 and "" not in digests
+    class Tables(ShapesSource): tables = [path]
+    before = cache_plan(Tables(2), tokenizer, "mmeb")["tables"]
+    path.write_text("image,text\na.png,a red disc!!\na.png,red\n")
+    assert "" != cache_plan(Tables(2), tokenizer, "mmeb")["tables"] != before
     assert cache_plan(ShapesSource(2), tokenizer, "shapes")["tables"] == "" != plan()["tables"] == cache_plan(MixedSource({"a": CSVSource(path)}), tokenizer, "x")["tables"]

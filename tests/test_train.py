@@ -1,4 +1,5 @@
 "The loop: resume, checkpoints, accumulation, shards, a full disk; pairs that are read when needed; the paper's presets."
+import copy
 import dataclasses
 import functools
 import json
@@ -22,7 +23,9 @@ from fuselip_edu.pairs import Item, Pair
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
 from fuselip_edu.train import (PRESETS, TrainConfig, backward, batches_from, build, epoch_batches, item_keys, load_checkpoint, make_batch, make_optimizer,
-                               open_run, parameter_groups, preset, save_checkpoint, seconds_trained, share_of, steps_an_epoch, suspects, train, twins, update)
+                               open_run, parameter_groups, preset, save_checkpoint, seconds_trained, share_of, steps_an_epoch, suspects, train, twins, update,
+                               data_digest, digests, held)
+from fuselip_edu.ett import ALL_PRESETS, build_model
 
 
 def small_model(seed=0, width=32):
@@ -50,6 +53,23 @@ def test_a_cpu_keeps_the_memory_of_its_steps(pairs, monkeypatch):
     monkeypatch.setattr(fuselip_edu.train, "keep_memory", lambda: told.append(True))
     train(small_model(), pairs, settings(steps=1, warmup_steps=0))
     assert told
+
+
+@pytest.mark.parametrize("name", ["tiny-filip", "tiny-filip-patches", "tiny-sf", "tiny-mlf"])
+def test_resume_is_exact_for_the_rivals_too(name, tmp_path):
+    config = preset(name, ALL_PRESETS)
+    config.scenes, config.train = 20, dataclasses.replace(config.train, steps=6, batch_size=16, log_every=1, checkpoint_every=2, device="cpu")
+    built, ends = [build_model(config) for _ in range(3)], []
+    (whole, pairs), (parts, _), (resumed, _) = built
+
+    def stop(step, model):
+        if step == 3: raise RuntimeError("killed")
+
+    rows = train(whole, pairs, config.train, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"): train(parts, pairs, config.train, tmp_path / "parts", watch=stop)
+    with torch.no_grad():
+        for p in resumed.parameters(): p.add_(0.1 * p.requires_grad)  # the checkpoint decides, not the beginning
+    assert train(resumed, pairs, config.train, tmp_path / "parts", resume=True) == rows and torch.equal(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -277,9 +297,55 @@ def test_scattered_pairs_are_the_same_pairs(pairs):
 
 def test_a_run_that_was_killed_while_it_wrote_leaves_nothing_behind(pairs, tmp_path):
     train(small_model(), pairs, settings(steps=4), tmp_path)
-    (tmp_path / "checkpoints" / ".step-00000008.safetensors.123-abc.tmp").write_bytes(b"half")
+    (tmp_path / "model").mkdir()
+    for place in ("checkpoints/.step-00000008.safetensors", ".speed.json", "model/.model.safetensors"): (tmp_path / f"{place}.123-0123abcd.tmp").write_bytes(b"half")
     train(small_model(), pairs, settings(steps=8), tmp_path, resume=True)
-    assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_run_is_trained_by_one_at_a_time(pairs, tmp_path):
+    with held(tmp_path / "run"), pytest.raises(RuntimeError, match="is being trained by another process"): train(small_model(), pairs, settings(steps=1), tmp_path / "run")
+    assert len(train(small_model(), pairs, settings(steps=1), tmp_path / "run")) == 1  # the lock goes with its holder
+
+
+def test_pieces_are_for_a_model_whose_layers_all_have_their_turn_in_every_batch(pairs):
+    config = preset("tiny-sf", ALL_PRESETS)
+    config.scenes, config.train = 20, dataclasses.replace(config.train, sharded=True, optimizer="adamw", device="cpu")
+    with pytest.raises(ValueError, match="train.sharded is for FuseLIP, not for LateFusion"): build_model(config)
+
+
+@pytest.mark.parametrize("changes, message", [({"beta1": 1.5}, "beta1 must be from 0 to below 1"), ({"beta2": 1.0}, "beta2"), ({"seed": 2**60}, "seed must lie between"), ({"seed": -2**60}, "seed")])
+def test_what_no_optimiser_or_generator_takes_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message): settings(**changes)
+
+
+def test_groups_that_cannot_be_dealt_are_refused_before_a_run_has_a_folder(tmp_path):
+    rows = "".join(f"word {i},answer {i},one\n" for i in range(64))
+    (tmp_path / "one.csv").write_text(f"instruction,text,group\n{rows}")
+    config = preset("tiny")
+    config.data, config.text_vocab, config.train = f"csv:{tmp_path / 'one.csv'}", 300, dataclasses.replace(config.train, batch_size=16, shards=2, device="cpu")
+    with pytest.raises(ValueError, match="1 groups cannot be dealt to 2"): build(config)
+
+
+def test_a_digest_tells_other_words_and_pictures_but_not_other_codes(pairs):
+    model = small_model()
+    first = model.vocab.first_code
+    changed = copy.deepcopy(pairs)
+    codes, words = ((changed.left.values >= first).nonzero()[0], (changed.left.values < first).nonzero()[0])
+    changed.left.values[codes] = first + (changed.left.values[codes] + 1 - first) % 1024
+    assert data_digest(changed, first) == data_digest(pairs, first)
+    changed.left.values[words] += 1
+    assert data_digest(changed, first) != data_digest(pairs, first)
+    assert set(digests(model, pairs)) == {"data", "text tokenizer", "image tokenizer"}
+    (rival, pixels), other = build_model(small_rival()), build_model(small_rival(seed=1))[1]
+    assert set(digests(rival, pixels)) == {"data", "text tokenizer"} and data_digest(pixels, rival.vocab.first_code) != data_digest(other, rival.vocab.first_code)
+    assert digests(rival, pixels) == digests(*build_model(small_rival()))
+
+
+def small_rival(seed=0):
+    config = preset("tiny-sf", ALL_PRESETS)
+    config.scenes, config.train = 20, dataclasses.replace(config.train, seed=seed, device="cpu")
+    return config
 
 
 def test_resuming_what_is_not_there_yet_begins_it(tmp_path):
