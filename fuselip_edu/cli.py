@@ -82,7 +82,7 @@ def demo_command(rest):
     if asked.seconds: config.scenes = min(config.scenes, max(200, int(20 * asked.seconds)))  # all of them take minutes to tokenize
     demo(config, asked.run, asked.queries)
 
-
+# %% ../nbs/28_cli.ipynb #5445527a
 def given_by_others(config, default): # fields that --init or a token cache decides; `ValueError` if one was asked for
     decided = ("encoder", "tokenizer", "text_vocab") if getattr(config, "init", "") else ("text_vocab",) if config.data.startswith("cache:") else ()
     if asked := [name for name in decided if getattr(config, name) != getattr(default, name)]:

@@ -11,7 +11,7 @@ __all__ = ['LATER_FIELDS', 'TINY_TOKENIZER', 'TOKENIZER_PRESETS', 'MODEL_SIZES',
            'PixelStage', 'PixelDecoder', 'paint']
 
 # %% ../nbs/05_titok.ipynb #1a15e086
-import contextlib, dataclasses, functools, json, math, re, threading, zlib
+import contextlib, dataclasses, json, math, re, threading, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -340,15 +340,10 @@ class TokenizerTraining:
         images:torch.Tensor, # (n, 3, s, s), uint8
         config:TokenizerTrainConfig
     ):
-        if images.dtype != torch.uint8 or not len(images): raise ValueError(f"the pictures must be a tensor of uint8 with at least one, not {describe(images)}; `load_image(image, {tokenizer.config.image_size})` makes one of them")
-        checked_pixels(images[:1], tokenizer.config.image_size)  # their shape
         self.tokenizer, self.images, self.config, self.generator = tokenizer, images.contiguous(), config, torch.Generator().manual_seed(config.seed)
         groups = muon_groups([{"params": [*tokenizer.parameters()], "weight_decay": 0.0}], tokenizer, "transformer.")
         self.optimizer = Muon(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
         self.step, self.rows, self.recent, self.seen, self.replaced = 0, [], [], [], 0
-
-    @functools.cached_property
-    def pictures(self): return [len(self.images), zlib.crc32(self.images.numpy())]  # tells them from others
 
     def learning_rate(self):
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
@@ -391,6 +386,7 @@ def _log(self, error): # of the last step
 
 def _told(self): # what a file says of its training, in JSON
     recipe = {name: value for name, value in dataclasses.asdict(self.config).items() if name != "device"}
+    if not hasattr(self, "pictures"): self.pictures = [len(self.images), zlib.crc32(self.images.numpy())]  # tells them from others
     return {"tokenizer": dataclasses.asdict(self.tokenizer.config), "train": recipe, "pictures": self.pictures}
 
 # %% ../nbs/05_titok.ipynb #71bd6c28
@@ -439,6 +435,8 @@ def train_tokenizer(
 ) -> list: # of dicts: step, error (mean squared, standardised pixels), perplexity, used (codes in the last `log_every` steps), replaced
     "Train encoder, codebook and decoder together on reconstruction."
     if tokenizer.config.legacy or tokenizer.decoder is None: raise ValueError("only a tokenizer whose decoder gives pixels can be trained here; use legacy=False and has_decoder=True")
+    if images.dtype != torch.uint8 or not len(images): raise ValueError(f"the pictures must be a tensor of uint8 with at least one, not {describe(images)}; `load_image(image, {tokenizer.config.image_size})` makes one of them")
+    checked_pixels(images[:1], tokenizer.config.image_size)  # their shape
     training = TokenizerTraining(tokenizer, images, config)
     if keep and Path(keep).exists(): training.load(keep)
     tokenizer.requires_grad_(True).train()

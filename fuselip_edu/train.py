@@ -526,24 +526,7 @@ def held(folder): # a run is trained by one process, or by one group of them, at
     finally:
         if lock: lock.release()
 
-
-def train(
-    model, # a `FuseLIP`, or another model whose `forward` takes what the pairs give
-    pairs, # `TokenPairs`, `SourcePairs`, or others with `groups` and `batches`
-    config:TrainConfig,
-    run:str|Path|None=None, # folder for metrics.jsonl and checkpoints/; None keeps nothing
-    resume:bool=False, # continue from the newest checkpoint in `run`
-    watch=None, # called as watch(step, model) every `log_every` steps, and after the last
-    world:World=World() # the processes that train together
-) -> list: # of dicts, one a logged step: step, pairs, loss, contrastive, masked, own (if the model has a loss of its own), lr, scale, bias, grad_norm
-    "Train; with a run folder, Ctrl-C leaves a checkpoint, and another process that trains there meanwhile is a `RuntimeError`."
-    check_world(config, world)
-    check_model(model, config)
-    steps_an_epoch(pairs, config)  # what cannot be is said before there is a folder
-    main_folder = Path(run) if run and world.is_main else None
-    with held(main_folder): return _train(model, pairs, config, run, resume, watch, world, main_folder)
-
-
+# %% ../nbs/16_train.ipynb #810b65bc
 def _train(model, pairs, config, run, resume, watch, world, main_folder):
     config, optimizer, first = begin(model, pairs, config, run, resume, world)
     log = RunLog(main_folder, first, config, quiet=not world.is_main)
@@ -574,6 +557,23 @@ def _train(model, pairs, config, run, resume, watch, world, main_folder):
             if stop: break
     gather_parameters(model)
     return finish(model, log, pressed, main_folder)
+
+# %% ../nbs/16_train.ipynb #febe5c4a
+def train(
+    model, # a `FuseLIP`, or another model whose `forward` takes what the pairs give
+    pairs, # `TokenPairs`, `SourcePairs`, or others with `groups` and `batches`
+    config:TrainConfig,
+    run:str|Path|None=None, # folder for metrics.jsonl and checkpoints/; None keeps nothing
+    resume:bool=False, # continue from the newest checkpoint in `run`
+    watch=None, # called as watch(step, model) every `log_every` steps, and after the last
+    world:World=World() # the processes that train together
+) -> list: # of dicts, one a logged step: step, pairs, loss, contrastive, masked, own (if the model has a loss of its own), lr, scale, bias, grad_norm
+    "Train; with a run folder, Ctrl-C leaves a checkpoint, and another process that trains there meanwhile is a `RuntimeError`."
+    check_world(config, world)
+    check_model(model, config)
+    steps_an_epoch(pairs, config)  # what cannot be is said before there is a folder
+    main_folder = Path(run) if run and world.is_main else None
+    with held(main_folder): return _train(model, pairs, config, run, resume, watch, world, main_folder)
 
 # %% ../nbs/16_train.ipynb #ae6652ad
 def suspects(model, batch, items, config): # -> [{"item", "left", "right", "finite"}]: every pair of a batch, and whether its embeddings are finite

@@ -311,10 +311,13 @@ def test_one_step_of_training(model, io, metadata):
 def test_one_step_of_the_training_loop(model, io, metadata, accumulation, chunk):
     "The same by the functions that `train` calls: `backward`, in parts and in chunks, the fused optimiser, and `update`."
     config = TrainConfig(optimizer="adamw", lr=1e-3, weight_decay=1.0, beta2=0.98, accumulation=accumulation, chunk=chunk, skip_twins=False, batch_size=2 * len(io["train.left.masked_ids"]), device="cpu")
-    stacked = lambda name: torch.cat([io[f"train.{side}.{name}"] for side in ("left", "right")])
-    ids = stacked("masked_ids")
+    def stacked(name, fill): # both sides, the shorter one filled up
+        rows = [io[f"train.{side}.{name}"] for side in ("left", "right")]
+        return torch.cat([F.pad(side, (0, max(one.shape[1] for one in rows) - side.shape[1]), value=fill) for side in rows])
+
+    ids = stacked("masked_ids", model.vocab.pad)
     optimizer = make_optimizer(model.train(), config)
-    losses = backward(model, Batch({"ids": ids, "lengths": lengths_of(ids, model.vocab), "labels": stacked("labels")}), config)
+    losses = backward(model, Batch({"ids": ids, "lengths": lengths_of(ids, model.vocab), "labels": stacked("labels", -100)}), config)
     close(losses["loss"], io["train.loss.total"])
     assert float(update(model, optimizer, config.lr, config.grad_norm, losses["loss"])) == pytest.approx(metadata["fuse"]["grad_norm"], rel=1e-5)
     parameters, checked = dict(model.named_parameters()), 0

@@ -59,8 +59,7 @@ def test_a_cpu_keeps_the_memory_of_its_steps(pairs, monkeypatch):
 def test_resume_is_exact_for_the_rivals_too(name, tmp_path):
     config = preset(name, ALL_PRESETS)
     config.scenes, config.train = 20, dataclasses.replace(config.train, steps=6, batch_size=16, log_every=1, checkpoint_every=2, device="cpu")
-    built, ends = [build_model(config) for _ in range(3)], []
-    (whole, pairs), (parts, _), (resumed, _) = built
+    (whole, pairs), (parts, _), (resumed, _) = (build_model(config) for _ in range(3))
 
     def stop(step, model):
         if step == 3: raise RuntimeError("killed")
