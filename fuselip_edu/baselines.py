@@ -266,6 +266,7 @@ class LateFusion(LateFusionEncoder, ItemEncoder):
         return {"pixels": pixels, "has_image": torch.tensor([item.image is not None for item in items]), "ids": ids, "lengths": lengths}
 
     def embed_items(self, items, batch_size:int=256): # list of `Item` -> (n, width), unit vectors on the CPU, in order
+        if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         was_training = self.training
         self.eval()
         try: return embed_late(self, items, batch_size) if items else torch.zeros(0, self.config.width)

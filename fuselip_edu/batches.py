@@ -343,5 +343,5 @@ def origins(pairs, shards): # of any data for training and a batch of it -> the 
 
 
 def to_size(pairs, shard): # as many as the shard has indices: cut off, or begun again
-    if not pairs: raise ValueError(f"items {', '.join(map(str, shard[:8]))} of the data have no pairs, and nothing else is in their batch; look there for empty texts, and for items that cannot be read")
+    if not pairs: raise ValueError(f"items {', '.join(map(str, shard[:8]))} of the data have no pairs, and nothing else is in their batch; look there for empty texts, and for items that cannot be read, or give larger batches or fewer shards")
     return list(itertools.islice(itertools.cycle(pairs), len(shard)))

@@ -266,6 +266,7 @@ def own_place(asked, here): # --rank and --world, or what torchrun says -> (rank
 def tokenize_command(rest):
     from fuselip_edu.batches import open_data, parse_share
     from fuselip_edu.distributed import read_world
+    from fuselip_edu.fuselip import FuseLIP
     from fuselip_edu.titok import TiTok
     from fuselip_edu.token_cache import cache_cost, cache_plan, cost_table, tokenize_source
     from fuselip_edu.train import PRESETS, preset, text_tokenizer_for, tokenizer_place
@@ -282,6 +283,7 @@ def tokenize_command(rest):
         tgit: int = given.tgit  # transformations of each scene, of shapes
         tokenizer: str = given.tokenizer  # as for train
         text_vocab: int = given.text_vocab  # as for train
+        init: str = ""  # as for train: take both tokenizers of this model
         views: int = 1  # draws of every item: crops and transformations; as many as epochs repeat nothing
         seed: int = given.train.seed
         block: int = 0  # items a part; 0 chooses
@@ -294,10 +296,11 @@ def tokenize_command(rest):
     asked = arguments(Tokenize, rest, f"tokenize --preset {name}")
     here = read_world(asked.device)
     rank, world = own_place(asked, here)
-    image_tokenizer = TiTok.from_pretrained(tokenizer_place(asked.tokenizer))
+    model = FuseLIP.from_pretrained(asked.init) if asked.init else None
+    image_tokenizer = model.image_tokenizer if model else TiTok.from_pretrained(tokenizer_place(asked.tokenizer))
     source = open_data(asked.data, asked.seed, image_tokenizer.config.image_size, scenes=asked.scenes, tgit=asked.tgit)
-    text_tokenizer = text_tokenizer_for(source, asked.text_vocab)
-    item_tokenizer = ItemTokenizer(image_tokenizer.to(here.device), text_tokenizer, given.encoder.context)
+    text_tokenizer = model.item_tokenizer.text_tokenizer if model else text_tokenizer_for(source, asked.text_vocab)
+    item_tokenizer = ItemTokenizer(image_tokenizer.to(here.device), text_tokenizer, model.config.context if model else given.encoder.context)
     named = f"shapes of {asked.scenes} scenes, {asked.tgit} transformations" if asked.data == "shapes" else asked.data
     plan = cache_plan(source, item_tokenizer, named, asked.seed, asked.views, asked.block)
     print(cost_table(cache_cost(source, item_tokenizer, plan), asked.data, asked.views, world), file=sys.stderr, flush=True)

@@ -179,6 +179,7 @@ class FILIP(TokenizedItems, FILIPEncoder, ItemEncoder):
 
     @torch.no_grad()
     def embed_items(self, items, batch_size:int=256): # list of `Item` -> list of (tokens, features), on the CPU
+        if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         was_training, found = self.training, []
         self.eval()
         try:

@@ -315,7 +315,7 @@ def open_cache(
     own = {"image_tokenizer": image_tokenizer_digest(item_tokenizer.image_tokenizer), "text_tokenizer": text_tokenizer_digest(item_tokenizer.text_tokenizer)}
     for name, digest in own.items():
         if manifest["plan"][name] != digest:
-            raise ValueError(f"the token cache {str(folder)!r} was made with the {name.replace('_', ' ')} {manifest['plan'][name][:12]}, but the model has {digest[:12]}; its codes would mean nothing. Make a cache with this one, or take the model's own")
+            raise ValueError(f"the token cache {str(folder)!r} was made with the {name.replace('_', ' ')} {manifest['plan'][name][:12]}, but the model has {digest[:12]}; its codes would mean nothing. Make a cache with this one (tokenize --init MODEL, or --tokenizer as for the training), or take the cache's own")
     for place, note in manifest["parts"].items():
         for name, file in note["files"].items():
             path = folder / f"{place}.{name}.arrow"

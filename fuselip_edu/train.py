@@ -781,5 +781,5 @@ def check_digests(
     "`ValueError` if the run in the folder was begun with other data or tokenizers; the first time, there is nothing to compare."
     path = Path(run) / "digests.json"
     there = json.loads(path.read_text()) if path.exists() else now
-    if other := [name for name in now if there.get(name) != now[name]]:
-        raise ValueError(f"{str(run)!r} was begun with another {' and another '.join(other)}, though of the same name; bring back what it was begun with, or give another --run")
+    if other := ["other data" if name == "data" else f"another {name}" for name in now if there.get(name) != now[name]]:
+        raise ValueError(f"{str(run)!r} was begun with {' and '.join(other)}, though of the same name; bring back what it was begun with, or give another --run")

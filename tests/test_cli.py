@@ -93,7 +93,7 @@ def test_a_run_does_not_go_on_with_other_data_of_the_same_name(csv, root, tmp_pa
     words = *TRAIN, "--data", f"csv:{table}", "--run", tmp_path / "run"
     assert command(*words, root=root).returncode == 0 and command(*words, "--resume", root=root).returncode == 0
     table.write_text(csv.read_text().replace("a red", "a crimson", 1))
-    assert "begun with another data" in failure(*words, "--resume", root=root)
+    assert "begun with other data" in failure(*words, "--resume", root=root)
 
 
 def test_a_truncated_image_is_named_and_nothing_is_written(csv, root, tmp_path):

@@ -15,6 +15,7 @@ from fuselip_edu.batches import open_data, tokenize_pairs
 from fuselip_edu.core import seed_everything
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
 from fuselip_edu.masking import mask_tokens
+from fuselip_edu.pairs import Item
 from fuselip_edu.shapes import render, scene_at
 from fuselip_edu.sources import source_groups
 from fuselip_edu.text import BPE
@@ -242,6 +243,12 @@ def test_a_published_kind_of_tokenizer_lets_the_gradient_through():
     errors = e.reconstruction_errors(tokenizer, quantized, pixels)
     errors.sum().backward()
     assert errors.shape == (2,) and tokenizer.encoder.patch_embed.weight.grad.abs().sum() > 0
+
+
+def test_while_the_tokenizer_learns_items_come_in_pairs():
+    model = fresh()
+    with pytest.raises(ValueError, match="an even number of items, not 1"): model.train().collate([Item(text="a red circle")])
+    assert len(model.eval().collate([Item(text="a red circle")])["ids"]) == 1
 
 
 def test_a_starved_tokenizer_is_worse_and_is_the_same_otherwise():

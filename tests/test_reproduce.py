@@ -475,7 +475,7 @@ def test_early_fusion_is_ahead_where_both_are_needed(task, points, committed):
 @pytest.mark.parametrize("task", ["retrieval", "zero_shot", "grounding"])
 def test_and_keeps_up_elsewhere(task, committed):
     rows = {model: found["tasks"][task]["mean"] for model, found in committed["models"].items()}
-    assert rows["fuselip"] > max(rows.values()) - 0.06
+    assert rows["fuselip"] > max(rows.values()) - 0.05
 
 
 def test_flips_are_learned_inside_the_committed_run(committed):

@@ -166,9 +166,16 @@ def test_the_commands(tmp_path, capsys):
     assert "images" in said.out and "CC12M" in said.err
     assert main(["train", "--data", f"cache:{tmp_path / 'c'}", "--run", str(tmp_path / "run"), "--train.steps", "4", "--train.batch-size", "32", "--train.device", "cpu"]) == 0
     assert json.loads((tmp_path / "run" / "speed.json").read_text())["data_wait"] < 1
+    trained, fine = str(tmp_path / "run" / "model"), ["train", "--init", str(tmp_path / "run"), "--train.steps", "2", "--train.batch-size", "32", "--train.device", "cpu"]
+    assert main([*words[:3], "--init", trained, "--out", str(tmp_path / "own"), "--device", "cpu"]) == 0  # for fine-tuning, by the tokenizers of the model
+    assert main([*fine, "--data", f"cache:{tmp_path / 'own'}", "--run", str(tmp_path / "fine")]) == 0
+    assert not {"encoder", "tokenizer", "text_vocab"} & json.loads((tmp_path / "fine" / "config.json").read_text()).keys()  # which the model decides
+    assert main(["tokenize", "--scenes", "30", "--text-vocab", "300", "--out", str(tmp_path / "other"), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main([*fine, "--data", f"cache:{tmp_path / 'other'}", "--run", str(tmp_path / "never")]) == 1 and "tokenize --init MODEL" in capsys.readouterr().err
     for wrong, message in ((["--views", "0"], "views must be at least 1"), (["--rank", "3", "--world", "2"], "there is no rank 3 among 2"), (["--max-bad", "half"], "'half' is not a share"), (["--seed", "4"], "another plan: seed is 0 there and 4 here"), (["--world", "4"], "--world 4 needs a --rank")):
         assert main([*words, *wrong]) == 1 and message in capsys.readouterr().err
-    assert main(["train", "--data", f"cache:{tmp_path / 'nothing'}", "--run", str(tmp_path / "other")]) == 1 and "no token cache in" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert main(["train", "--data", f"cache:{tmp_path / 'nothing'}", "--run", str(tmp_path / "no")]) == 1 and "no token cache in" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_half_a_note_is_no_note(tokenizer, tmp_path):
