@@ -19,7 +19,7 @@ from torch import nn
 
 import fuselip_edu
 from .batches import Sequences, open_data
-from .core import load_image, load_weights, pick_device, progress, seed_everything, save_weights, write_json
+from .core import at_least_one, load_image, load_weights, pick_device, progress, seed_everything, save_weights, write_json
 from .fuselip import MODEL_NAMES, ItemEncoder, read_model_config, saved_text_tokenizer
 from .pairs import image_key
 from .text import BPE, CLIPBPE
@@ -90,6 +90,7 @@ class LateFusionConfig:
     fusion_heads: int = 4  # of "mlf"
 
     def __post_init__(self):
+        at_least_one(self, "width", "image_width", "image_layers", "image_heads", "text_width", "text_layers", "text_heads", "patch_size")
         if self.fusion not in ("sf", "mlf"): raise ValueError(f"fusion must be 'sf' (score fusion) or 'mlf' (MagicLens fusion), not {self.fusion!r}")
         if self.image_size % self.patch_size: raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; choose patches that divide the image")
         for part, width in (("image", self.image_width), ("text", self.text_width), ("fusion", self.width)):

@@ -59,10 +59,10 @@ def take(rest, flag, default): # a flag that decides the defaults of the others 
 
 
 def check_output(path): # of a file that is written after long work; "" is none
-    target = Path(path)
-    below = next(place for place in (target.absolute(), *target.absolute().parents)[1:] if os.path.lexists(place))
-    if path and target.is_dir(): raise ValueError(f"{path!r} is a folder; give a file")
-    if path and not (below.is_dir() and os.access(below, os.W_OK)): raise ValueError(f"{path!r} cannot be written: {str(below)!r} is {'not writable' if below.is_dir() else 'no folder'}; give another place")
+    if not path: return
+    if Path(path).is_dir(): raise ValueError(f"{path!r} is a folder; give a file")
+    below = next(place for place in Path(path).absolute().parents if os.path.lexists(place))
+    if not (below.is_dir() and os.access(below, os.W_OK)): raise ValueError(f"{path!r} cannot be written: {str(below)!r} is {'not writable' if below.is_dir() else 'no folder'}; give another place")
 
 # %% ../nbs/28_cli.ipynb #206c4247
 def demo_command(rest):
@@ -84,14 +84,15 @@ def demo_command(rest):
 
 # %% ../nbs/28_cli.ipynb #5445527a
 def given_by_others(config, default): # fields that --init or a token cache decides; `ValueError` if one was asked for
-    decided = ("encoder", "tokenizer", "text_vocab") if getattr(config, "init", "") else ("text_vocab",) if config.data.startswith("cache:") else ()
-    if asked := [name for name in decided if getattr(config, name) != getattr(default, name)]:
-        raise ValueError(f"{'the model of --init' if 'encoder' in decided else 'the token cache'} decides {asked[0].replace('_', '-')}; leave --{asked[0].replace('_', '-')} out")
+    who, decided = "", ()
+    if config.data.startswith("cache:"): who, decided = "the token cache", ("text_vocab",)
+    if getattr(config, "init", ""): who, decided = "the model of --init", ("encoder", "tokenizer", "text_vocab")
+    asked = [name.replace("_", "-") for name in decided if getattr(config, name, None) != getattr(default, name, None)]
+    if asked: raise ValueError(f"{who} decides {asked[0]}; leave --{asked[0]} out")
     return decided
 
 
 def train_command(rest):
-    from fuselip_edu.core import write_json
     from fuselip_edu.distributed import barrier, init_distributed
     from fuselip_edu.ett import ALL_PRESETS, build_model
     from fuselip_edu.train import check_digests, check_world, digests, open_run, preset, train
@@ -111,10 +112,7 @@ def train_command(rest):
         check_digests(folder, now)
         barrier(world)  # every process has looked at the folder before one writes there
         if resume and world.is_main and not (folder / "config.json").exists(): print(f"there is no run in {str(folder)!r} yet; it begins", file=sys.stderr, flush=True)
-        if world.is_main:
-            write_json(folder / "config.json", settings)
-            write_json(folder / "digests.json", now)
-        train(model, pairs, config.train, folder, resume, world=world)
+        train(model, pairs, config.train, folder, resume, world=world, notes={"config.json": settings, "digests.json": now})
         if world.is_main:
             model.save_pretrained(folder / "model")
             print(f"model: {folder / 'model'}")
@@ -204,7 +202,7 @@ def embed_command(rest):
 
     asked = arguments(Embed, rest, "embed")
     check_output(asked.out)
-    if asked.out and Path(asked.out).exists() and Path(asked.out).suffix != ".safetensors": raise ValueError(f"{asked.out!r} is there, and no safetensors file; give another --out, or remove it")
+    if asked.out and Path(asked.out).suffix != ".safetensors": raise ValueError(f"the vectors are written as safetensors, and {asked.out!r} does not end in .safetensors; give a path that does")
     if asked.images and asked.texts and len(asked.images) != len(asked.texts): raise ValueError(f"there are {len(asked.images)} images and {len(asked.texts)} texts, and the i-th image goes with the i-th text; put - where there is none")
     given = lambda values: [None if value == "-" else value for value in values] or None
     vectors = single_vectors(load_model(asked.model, asked.device)).encode(given(asked.images), given(asked.texts))
@@ -294,6 +292,7 @@ def tokenize_command(rest):
         device: str = "auto"
 
     asked = arguments(Tokenize, rest, f"tokenize --preset {name}")
+    given_by_others(asked, given)
     here = read_world(asked.device)
     rank, world = own_place(asked, here)
     model = FuseLIP.from_pretrained(asked.init) if asked.init else None

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/09_contrastive.ipynb #91121b1b
 def _check_pairs(left, right, same=None):
-    if not len(left): raise ValueError("a loss needs at least one pair; left is empty")
-    if same is not None and same.shape != (len(left), len(left)): raise ValueError(f"same must be ({len(left)}, {len(left)}), an entry for every combination, not {tuple(same.shape)}")
     if left.ndim != 2 or left.shape != right.shape:
         raise ValueError(f"left and right must both be (b, d), row i of one belonging to row i of the other; they are {tuple(left.shape)} and {tuple(right.shape)}")
+    if not len(left): raise ValueError("a loss needs at least one pair; left is empty")
+    if same is not None and same.shape != (len(left), len(left)): raise ValueError(f"same must be ({len(left)}, {len(left)}), an entry for every combination, not {tuple(same.shape)}")
 
 
 def _logits(left, right, scale):

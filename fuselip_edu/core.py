@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['seed_everything', 'pick_device', 'sent', 'keep_memory', 'open_file', 'split_member', 'open_archive', 'has_alpha',
-           'over_white', 'resize_image', 'read_image', 'describe', 'in_unit_range', 'load_image', 'show_images',
-           'atomic_path', 'remove_unfinished', 'write_json', 'json_lines', 'save_tensors', 'save_weights',
-           'read_weights', 'fit_weights', 'load_weights', 'progress', 'provenance']
+           'over_white', 'resize_image', 'read_image', 'at_least_one', 'describe', 'in_unit_range', 'load_image',
+           'show_images', 'atomic_path', 'remove_unfinished', 'write_json', 'json_lines', 'save_tensors',
+           'save_weights', 'read_weights', 'fit_weights', 'load_weights', 'progress', 'provenance']
 
 # %% ../nbs/00_core.ipynb #0dd7d01a
 import contextlib, ctypes, functools, importlib.util, io, json, os, random, re, shutil, sys, time, uuid, zipfile
@@ -145,6 +145,11 @@ def read_image(
     raise ValueError(f"{str(path)!r} is not a readable image ({reason}); replace or remove it")
 
 # %% ../nbs/00_core.ipynb #43f6617f
+def at_least_one(config, *names): # `ValueError` if one of these sizes is less
+    for name in names:
+        if getattr(config, name) < 1: raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+
+
 def describe(value) -> str:
     "A short name of a wrong value, for error messages."
     if hasattr(value, "shape") and hasattr(value, "dtype"): return f"{type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
@@ -152,7 +157,7 @@ def describe(value) -> str:
 
 
 def in_unit_range(pixels): # floats -> the same; `ValueError` if some lie outside [0, 1] or are no numbers
-    if pixels.numel() and not 0 <= pixels.amin() <= pixels.amax() <= 1: raise ValueError(f"pixels that are floats must lie in [0, 1], not in [{float(pixels.amin()):g}, {float(pixels.amax()):g}]; divide by 255, or give uint8")
+    if pixels.numel() and not 0 <= pixels.amin() <= pixels.amax() <= 1: raise ValueError(f"pixels that are floats must lie in [0, 1], not in [{float(pixels.amin()):g}, {float(pixels.amax()):g}]; divide by 255, give uint8, or clamp what a resizing has overshot")
     return pixels
 
 

@@ -130,7 +130,7 @@ class ETT(FuseLIP):
 
     def collate(self, items) -> dict: # list of `Item` -> the arguments of `forward`; pixels for a tokenizer that learns
         if not (self.config.tuned and self.training): return super().collate(items)
-        if len(items) % 2: raise ValueError(f"while its tokenizer learns, the model is given pairs, left sides first and then right sides, and so an even number of items, not {len(items)}; call eval() to embed them one by one")
+        if len(items) % 2: raise ValueError(f"while its tokenizer learns, the model is given pairs, left sides first and then right sides, and so an even number of items, not {len(items)}; put it in evaluation mode to embed them one by one")
         pairs = [Pair(*sides) for sides in zip(items[:len(items) // 2], items[len(items) // 2:])]
         return picture_sequences([pairs], self).inputs(range(len(pairs)))
 

@@ -135,7 +135,7 @@ def evaluate(
     batch_size:int=256
 ) -> dict: # {name: {"accuracy", "chance", "n", "ci95", "kinds"}}
     "Every task, embedding items that tasks share once."
-    if not tasks: raise ValueError("there is no task to evaluate, a dict of lists of Query; a table gives one where its rows differ, so that there is something to tell apart")
+    if not tasks: raise ValueError("there is no task to evaluate; give {name: list of Query}. A table whose rows are all alike gives none")
     for name, task in tasks.items():
         if not task: raise ValueError(f"the task {name!r} has no query; leave it out, or give it one or more")
     queries = [query for task in tasks.values() for query in task]

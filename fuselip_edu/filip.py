@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .batches import open_data, tokenize_pairs
-from .core import load_image, load_weights, pick_device, progress, save_weights, seed_everything, write_json
+from .core import at_least_one, load_image, load_weights, pick_device, progress, save_weights, seed_everything, write_json
 from .distributed import World
 from .evaluate import as_prompts
 from .fuselip import ItemEncoder, TokenizedItems, read_model_config, saved_text_tokenizer
@@ -97,6 +97,7 @@ class FILIPConfig:
     fraction: float = 1.0  # of the tokens that are sent to other processes; the paper: 0.25
 
     def __post_init__(self):
+        at_least_one(self, "width", "layers", "heads", "features")
         if self.loss not in ("softmax", "sigmoid"): raise ValueError(f"loss must be 'softmax' or 'sigmoid', not {self.loss!r}")
         if not 0 < self.fraction <= 1: raise ValueError(f"fraction must lie above 0 and at most at 1, not {self.fraction}")
         if self.width % self.heads: raise ValueError(f"width {self.width} is not divisible by {self.heads} heads; choose heads that divide it")

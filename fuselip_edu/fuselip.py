@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import atomic_path, fit_weights, load_weights, pick_device, progress, read_weights, save_weights, write_json
+from .core import at_least_one, atomic_path, fit_weights, load_weights, pick_device, progress, read_weights, save_weights, write_json
 from .kernel import attend_on
 from .pairs import Item
 from .text import BPE, CLIPBPE, TEXT_TOKENIZERS
@@ -38,8 +38,7 @@ class FuseLIPConfig:
     original: bool = False  # keep the quirks of a published checkpoint; for loading one, not for training anew
 
     def __post_init__(self):
-        for name in ("width", "layers", "heads"):
-            if getattr(self, name) < 1: raise ValueError(f"encoder.{name} must be at least 1, not {getattr(self, name)}")
+        at_least_one(self, "width", "layers", "heads")
         if not self.mlp_ratio > 0: raise ValueError(f"encoder.mlp_ratio must be above 0, not {self.mlp_ratio}")
         if self.context < 3: raise ValueError(f"encoder.context must hold <sot>, a word and <eot>, so at least 3, not {self.context}")
 

@@ -29,6 +29,7 @@ from .pairs import Item, image_key
 from .shapes import captions, render, scene_at
 from .sources import CSVSource, fit_tokenizer
 from .titok import TOKENIZER_PRESETS, TiTok, TiTokConfig, TokenizerTrainConfig
+from .token_cache import tables_digest
 from .train import backward, check_digests, digests, epoch_batches, last_speed, make_batch, preset, tokenizer_place, train
 from .transformer import key_mask
 
@@ -61,7 +62,7 @@ def _check(asked): # before anything is trained
     if asked.seeds < 1: raise ValueError(f"seeds must be at least 1, not {asked.seeds}")
     run = run_folder(asked)
     if run.exists() and not run.is_dir(): raise ValueError(f"{str(run)!r} is a file; give another --run")
-    if run.is_dir() and any(run.iterdir()) and not (run / "minutes.json").exists(): raise ValueError(f"{str(run)!r} is not empty and holds no comparison; give another --run")
+    if run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()) and not (run / "minutes.json").exists(): raise ValueError(f"{str(run)!r} is not empty and holds no comparison; give another --run")
     for name in ("steps", "tokenizer_steps", "text_vocab", "processes"):
         if getattr(asked, name) < 0: raise ValueError(f"{name} must not be negative, and is {getattr(asked, name)}")
     if (asked.data == "shapes") != (not asked.tests): raise ValueError("give --data and --tests together: shapes has tests of its own, and other data need a folder of them")
@@ -139,7 +140,7 @@ class Curve:
             row |= {f"{name}: {kind}": part["accuracy"] for kind, part in found.get("kinds", {}).items()}
         model.train()
         self.asking += time.monotonic() - paused
-        self.rows.append(row | {"asking": self.asking})
+        self.rows = [*(old for old in self.rows if old["step"] < step), row | {"asking": self.asking}]
         with atomic_path(self.path) as path: path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
 # %% ../nbs/21_reproduce.ipynb #f1702484
@@ -166,6 +167,7 @@ def run_trial(
     "Train one model and ask it every query; a finished trial is read back, an interrupted one goes on."
     folder = Path(folder)
     settings = json.loads(json.dumps({"config": dataclasses.asdict(config), "asked": fingerprint(tasks)}))
+    if config.data != "shapes": settings["tables"] = tables_digest(open_data(config.data, 0, 32))
     path, begun = folder / "trial.json", folder / "config.json"
     there = next((json.loads(file.read_text()) for file in (path, begun) if file.exists()), settings)
     if {name: there.get(name) for name in settings} != settings:
@@ -398,6 +400,7 @@ def _counted(path): # yields a function that gives the minutes of this and all e
         spent = before + (time.monotonic() - started) / 60
         write_json(path, spent)
         return spent
+    minutes()  # tells from the first moment on that the folder holds a comparison
     try: yield minutes
     finally: minutes()
 

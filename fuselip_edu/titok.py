@@ -21,7 +21,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 import fuselip_edu
-from .core import describe, in_unit_range, load_weights, read_weights, save_tensors, save_weights, write_json
+from .core import at_least_one, describe, in_unit_range, load_weights, read_weights, save_tensors, save_weights, write_json
 from .quantize import VectorQuantizer, perplexity
 from .transformer import Block, Muon, muon_groups
 
@@ -48,6 +48,7 @@ class TiTokConfig:
     pixel_channels: int = 0  # of the pixel decoder that paints those codes; 0: there is none
 
     def __post_init__(self):
+        at_least_one(self, "width", "layers", "heads", "n_latents", "n_codes", "code_dim", "decoder_width", "decoder_layers", "decoder_heads")
         if self.width % 4: raise ValueError(f"a width of {self.width} has no sine and cosine for both directions; give a multiple of 4")
         if self.patch_size < 1 or self.image_size % self.patch_size: raise ValueError(f"patches of {self.patch_size} pixels do not divide an image of {self.image_size}; give a patch_size that does")
 
@@ -435,7 +436,7 @@ def train_tokenizer(
 ) -> list: # of dicts: step, error (mean squared, standardised pixels), perplexity, used (codes in the last `log_every` steps), replaced
     "Train encoder, codebook and decoder together on reconstruction."
     if tokenizer.config.legacy or tokenizer.decoder is None: raise ValueError("only a tokenizer whose decoder gives pixels can be trained here; use legacy=False and has_decoder=True")
-    if images.dtype != torch.uint8 or not len(images): raise ValueError(f"the pictures must be a tensor of uint8 with at least one, not {describe(images)}; `load_image(image, {tokenizer.config.image_size})` makes one of them")
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or not len(images): raise ValueError(f"the pictures must be a tensor of uint8 with at least one, not {describe(images)}; `load_image(image, {tokenizer.config.image_size})` makes one of them")
     checked_pixels(images[:1], tokenizer.config.image_size)  # their shape
     training = TokenizerTraining(tokenizer, images, config)
     if keep and Path(keep).exists(): training.load(keep)

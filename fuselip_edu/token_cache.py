@@ -83,7 +83,11 @@ class PartWriter:
         return {"pairs": pa.table({name: pa.array(self.pairs[name], kind) for name, kind in kinds.items()}), "images": images}
 
 # %% ../nbs/14_token_cache.ipynb #f878c3fc
-def _checksum(path): return hashlib.sha256(path.read_bytes()).hexdigest()
+def _checksum(path): # SHA-256 of a file, which may be larger than the memory
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22): digest.update(block)
+    return digest.hexdigest()
 
 
 def _part_file(folder, view, part, kind): return Path(folder) / f"view-{view:02}" / f"part-{part:05}.{kind}"
@@ -169,7 +173,8 @@ def read_items(reader, indices, workers=0): # yields (index, list of `Pair` or `
 def _same_plan(folder, plan): # writes the plan of a new cache; `ValueError` if another one is there
     path, folder = Path(folder) / "plan.json", Path(folder)
     if folder.exists() and not folder.is_dir(): raise ValueError(f"{str(folder)!r} is a file; give a folder")
-    if not path.exists() and folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()): raise ValueError(f"{str(folder)!r} is not empty and holds no token cache; give another folder")
+    others = folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir())
+    if others and not path.exists(): raise ValueError(f"{str(folder)!r} is not empty and holds no token cache; give another folder")  # in this order: another rank writes its plan first
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if other := [name for name in plan if kept.get(name) != plan[name]]:

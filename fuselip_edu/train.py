@@ -9,7 +9,7 @@ __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'FREE', 'TrainConfig', '
            'total_loss', 'loss_values', 'backward', 'trained_parameters', 'save_checkpoint', 'checked_step',
            'load_checkpoint', 'last_speed', 'seconds_trained', 'progress_line', 'RunLog', 'deferred_interrupt',
            'update', 'share_of', 'epoch_batches', 'steps_an_epoch', 'check_batches', 'own_rows', 'batches_from',
-           'check_model', 'prepare_device', 'check_world', 'begin', 'held', 'train', 'suspects', 'all_suspects',
+           'check_model', 'prepare_device', 'check_world', 'locked', 'begin', 'train', 'suspects', 'all_suspects',
            'not_finite', 'scheduled', 'scalars', 'finish', 'Config', 'paper_training', 'preset', 'text_tokenizer_for',
            'tokenizer_place', 'build_cached', 'open_pairs', 'build', 'open_run', 'differences', 'data_digest',
            'digests', 'check_digests']
@@ -450,7 +450,8 @@ def steps_an_epoch(pairs, config:TrainConfig) -> int:
 
 def check_batches(pairs, config): # `ValueError` if the data cannot be dealt, before a run has a folder
     steps_an_epoch(pairs, config)
-    epoch_batches(pairs.groups, config, 0)
+    groups = len(pairs.groups) if config.grouped else len(pairs)
+    if groups < config.shards: raise ValueError(f"{groups} groups cannot be dealt to {config.shards} shards; give smaller groups or fewer shards")
 
 
 def own_rows(inputs, own): # of both sides
@@ -497,6 +498,19 @@ def check_world(
     if world.size > 1 and config.loss != "sigmoid": raise ValueError(f"several processes train with --train.loss sigmoid, not {config.loss}, which needs all scores of a pair in one place")
     if world.size > 1 and config.seconds: raise ValueError("several processes have no common clock; give --train.steps instead of --train.seconds")
 
+# %% ../nbs/16_train.ipynb #c9a0df43
+@contextlib.contextmanager
+def locked(run, world): # a run is trained by one process, or by one group of them, at a time; None locks nothing
+    lock, refused = FileLock(Path(run) / ".lock") if run and world.is_main else None, ""
+    if lock:
+        Path(run).mkdir(parents=True, exist_ok=True)
+        try: lock.acquire(blocking=False)
+        except Timeout: refused = f"{str(run)!r} is being trained by another process; wait for it, or stop it, or give another --run"
+    if refused := gather_objects(refused, world)[0]: raise RuntimeError(refused)  # in all processes of the group
+    try: yield
+    finally:
+        if lock: lock.release()
+
 # %% ../nbs/16_train.ipynb #4491852c
 def begin(model, pairs, config, run, resume, world): # what comes before the first step -> (config with its steps, optimiser, steps done)
     prepare_device(model, config, world)
@@ -513,21 +527,9 @@ def begin(model, pairs, config, run, resume, world): # what comes before the fir
     if run and hasattr(pairs, "bad"): pairs.bad.write_to(Path(run) / (f"bad-{world.rank}.jsonl" if world.rank else "bad.jsonl"))
     return config, optimizer, first
 
-# %% ../nbs/16_train.ipynb #c9a0df43
-@contextlib.contextmanager
-def held(folder): # a run is trained by one process, or by one group of them, at a time; None holds nothing
-    lock = folder and FileLock(folder / ".lock")
-    try:
-        if lock:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(blocking=False)
-    except Timeout: raise RuntimeError(f"{str(folder)!r} is being trained by another process; wait for it, or stop it, or give another --run") from None
-    try: yield
-    finally:
-        if lock: lock.release()
-
 # %% ../nbs/16_train.ipynb #810b65bc
-def _train(model, pairs, config, run, resume, watch, world, main_folder):
+def _train(model, pairs, config, run, resume, watch, world):
+    main_folder = Path(run) if run and world.is_main else None
     config, optimizer, first = begin(model, pairs, config, run, resume, world)
     log = RunLog(main_folder, first, config, quiet=not world.is_main)
     pressed = False  # Ctrl-C, in any process
@@ -556,7 +558,7 @@ def _train(model, pairs, config, run, resume, watch, world, main_folder):
                 if main_folder: write_json(main_folder / "speed.json", log.speed(done))
             if stop: break
     gather_parameters(model)
-    return finish(model, log, pressed, main_folder)
+    return finish(model, log, pressed or bool(interrupted), main_folder)  # or at the very end, when nobody is asked any more
 
 # %% ../nbs/16_train.ipynb #febe5c4a
 def train(
@@ -566,14 +568,17 @@ def train(
     run:str|Path|None=None, # folder for metrics.jsonl and checkpoints/; None keeps nothing
     resume:bool=False, # continue from the newest checkpoint in `run`
     watch=None, # called as watch(step, model) every `log_every` steps, and after the last
-    world:World=World() # the processes that train together
+    world:World=World(), # the processes that train together
+    notes:dict|None=None # {file name: what it holds, in JSON}: written to the run folder before the first step
 ) -> list: # of dicts, one a logged step: step, pairs, loss, contrastive, masked, own (if the model has a loss of its own), lr, scale, bias, grad_norm
     "Train; with a run folder, Ctrl-C leaves a checkpoint, and another process that trains there meanwhile is a `RuntimeError`."
     check_world(config, world)
     check_model(model, config)
     steps_an_epoch(pairs, config)  # what cannot be is said before there is a folder
-    main_folder = Path(run) if run and world.is_main else None
-    with held(main_folder): return _train(model, pairs, config, run, resume, watch, world, main_folder)
+    with locked(run, world):
+        if run and world.is_main:
+            for name, value in (notes or {}).items(): write_json(Path(run) / name, value)
+        return _train(model, pairs, config, run, resume, watch, world)
 
 # %% ../nbs/16_train.ipynb #ae6652ad
 def suspects(model, batch, items, config): # -> [{"item", "left", "right", "finite"}]: every pair of a batch, and whether its embeddings are finite

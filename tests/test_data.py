@@ -207,7 +207,7 @@ def test_broken(name, tmp_path):
 
 def test_a_model_that_is_none_leaves_no_journal(tmp_path):
     make_cc3m(tmp_path / "set")
-    with pytest.raises(Exception): make_vqa(f"cc3m:{tmp_path / 'set'}", str(tmp_path / "no-model"), tmp_path / "v.csv")
+    with pytest.raises(OSError, match="no-model"): make_vqa(f"cc3m:{tmp_path / 'set'}", str(tmp_path / "no-model"), tmp_path / "v.csv")
     assert not (tmp_path / "v.jsonl").exists()
 
 

@@ -1,5 +1,5 @@
 "Sequences and the encoder against their own promises; the original's numbers are in test_parity.py."
-import random, subprocess, sys, threading, warnings
+import random, subprocess, sys, threading, time, warnings
 from types import SimpleNamespace
 
 import pytest
@@ -340,21 +340,25 @@ def test_products_are_whole_whatever_the_user_has_set_and_it_stays_so(code):
 def test_products_stay_whole_while_another_thread_is_done_with_its_own():
     from fuselip_edu.titok import whole_products
     matmul, name = torch.backends.cuda.matmul, "fp32_precision" if hasattr(torch.backends.cuda.matmul, "fp32_precision") else "allow_tf32"
-    before, inside, first, seen = getattr(matmul, name), threading.Event(), threading.Event(), []
+    before, first, tries, left, seen = getattr(matmul, name), threading.Event(), threading.Event(), threading.Event(), []
 
     class Cuda: type = "cuda"  # only the settings are looked at
 
     def work():
         first.wait()
-        inside.set()
-        with whole_products(Cuda): seen.append(getattr(matmul, name))
+        tries.set()
+        with whole_products(Cuda):
+            left.wait()  # without a lock this one is inside while the other puts everything back
+            seen.append(getattr(matmul, name))
 
     thread = threading.Thread(target=work)
     thread.start()
     with whole_products(Cuda):
         first.set()
-        inside.wait()
+        tries.wait()
+        time.sleep(0.1)
         with whole_products(Cuda): whole = getattr(matmul, name)  # one inside the other, as where an encoder calls an encoder
+    left.set()
     thread.join()
     assert seen == [whole] and getattr(matmul, name) == before
 

@@ -23,14 +23,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fuselip_edu.batches import BadItems, SourcePairs, Unreadable, Reader, parse_share, readable_groups, tokenize_pairs
-from fuselip_edu.distributed import init_distributed
+from fuselip_edu.distributed import World, init_distributed
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
 from fuselip_edu.scaling import MixedShapes
 from fuselip_edu.sources import CSVSource, ShapesSource, ShardSource, TableSource, source_groups
 from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
 from fuselip_edu.token_cache import CachedPairs, cache_plan, tokenize_source
-from fuselip_edu.train import TrainConfig, load_checkpoint, make_optimizer, save_checkpoint, train
+from fuselip_edu.train import TrainConfig, load_checkpoint, locked, make_optimizer, save_checkpoint, train
 
 SERVER = multiprocessing.get_context("forkserver")  # children begin with everything imported, so that a kill costs no start
 SERVER.set_forkserver_preload(["fuselip_edu.train", "fuselip_edu.token_cache"])
@@ -119,7 +119,18 @@ def test_an_interrupt_of_one_rank_stops_both_and_finishes_nothing(place):
     while _steps(folder) < 5 and all(process.is_alive() for process in processes): time.sleep(0.002)
     os.kill(processes[1].pid, signal.SIGINT)
     for process in processes: process.join(40)
+    for process in processes: process.kill()
     assert all(process.exitcode for process in processes) and not (folder / "model").exists() and 5 <= _steps(folder) < config.steps
+
+
+def test_ranks_are_refused_together_where_another_run_goes_on(place):
+    folder = place / "taken"
+    with locked(folder, World()):
+        processes = start(folder, settings(), 2)
+        for process in processes: process.join(40)
+        left = [process for process in processes if process.is_alive()]
+        for process in left: process.kill()
+    assert not left and all(process.exitcode == 1 for process in processes) and _steps(folder) == 0
 
 
 def _steps(folder): # done, by what is written

@@ -122,6 +122,23 @@ def test_an_interrupted_trial_goes_on_as_what_it_is_or_not_at_all(tasks, tmp_pat
         with pytest.raises(ValueError, match="another configuration.*--run"): r.run_trial(other, tmp_path, tasks, {})
 
 
+def test_a_comparison_that_was_killed_before_its_first_trial_ended_goes_on(tmp_path):
+    asked = r.Comparison(run=str(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt), r._counted(tmp_path / "run" / "minutes.json"):
+        (tmp_path / "run" / "sf" / "seed-0" / "checkpoints").mkdir(parents=True)
+        assert (tmp_path / "run" / "minutes.json").exists()  # already now, since a kill asks nobody
+        raise KeyboardInterrupt
+    r._check(asked)
+    (tmp_path / "run" / "minutes.json").unlink()
+    with pytest.raises(ValueError, match="holds no comparison"): r._check(asked)
+
+
+def test_a_point_of_a_curve_that_is_asked_again_takes_the_place_of_the_old_one(built, tmp_path):
+    curve = r.Curve(tmp_path, small("sf", log_every=4).train, 3, {})
+    for step in (4, 8, 12, 8, 12): curve(step, built["sf"][0])
+    assert [row["step"] for row in curve.rows] == [4, 8, 12]
+
+
 def test_the_clock_of_a_curve_goes_on_from_the_checkpoint(tmp_path):
     row = lambda step, seconds, asking: json.dumps({"step": step, "pairs": step, "seconds": seconds, "asking": asking}) + "\n"
     (tmp_path / "curve.jsonl").write_text(row(4, 100.0, 10.0) + row(8, 200.0, 20.0) + row(12, 1000.0, 30.0))
@@ -132,27 +149,31 @@ def test_the_clock_of_a_curve_goes_on_from_the_checkpoint(tmp_path):
     assert not r.Curve(tmp_path, small("sf").train, 3, {}).rows  # nor is anything left of a run without a checkpoint
 
 
-def hold(path): # for a minute
+def hold(path): # for five minutes
     path.write_text(str(os.getpid()))
-    time.sleep(60)
+    time.sleep(300)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="looks at processes as they are on Linux and macOS")
 def test_trainings_end_with_the_command_that_began_them(tmp_path):
     "Or they would go on writing while its next attempt writes to the same folder."
     path = tmp_path / "pid"
     code = f"import sys, functools, pathlib; sys.path.insert(0, {os.path.dirname(__file__)!r})\nif __name__ == '__main__':\n    import test_reproduce as t\n    t.r.side_by_side({{'held': functools.partial(t.hold, pathlib.Path({str(path)!r}))}}, 1, print)"
     (tmp_path / "main.py").write_text(code)
     process = subprocess.Popen([sys.executable, tmp_path / "main.py"])
-    for _ in range(600):
-        if path.exists() and path.read_text(): break
-        time.sleep(0.1)
-    pid = int(path.read_text())
-    process.kill()
-    process.wait()
+    try:
+        for _ in range(1800):
+            if path.exists() and path.read_text() or process.poll() is not None: break
+            time.sleep(0.1)
+        pid = int(path.read_text())
+    finally:
+        process.kill()
+        process.wait()
     for _ in range(100):
         try: os.kill(pid, 0)
         except ProcessLookupError: return
-        if "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]: return  # ended, and nobody has asked for its status
+        state = Path(f"/proc/{pid}/stat")
+        if state.exists() and "Z" in state.read_text().rpartition(")")[2][:3]: return  # ended, and nobody has asked for its status
         time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)
     raise AssertionError("the training outlived its command")

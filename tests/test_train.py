@@ -24,7 +24,7 @@ from fuselip_edu.text import BPE
 from fuselip_edu.titok import TINY_TOKENIZER, TiTok
 from fuselip_edu.train import (PRESETS, TrainConfig, backward, batches_from, build, epoch_batches, item_keys, load_checkpoint, make_batch, make_optimizer,
                                open_run, parameter_groups, preset, save_checkpoint, seconds_trained, share_of, steps_an_epoch, suspects, train, twins, update,
-                               data_digest, digests, held)
+                               data_digest, digests, locked)
 from fuselip_edu.ett import ALL_PRESETS, build_model
 
 
@@ -303,7 +303,7 @@ def test_a_run_that_was_killed_while_it_wrote_leaves_nothing_behind(pairs, tmp_p
 
 
 def test_a_run_is_trained_by_one_at_a_time(pairs, tmp_path):
-    with held(tmp_path / "run"), pytest.raises(RuntimeError, match="is being trained by another process"): train(small_model(), pairs, settings(steps=1), tmp_path / "run")
+    with locked(tmp_path / "run", World()), pytest.raises(RuntimeError, match="is being trained by another process"): train(small_model(), pairs, settings(steps=1), tmp_path / "run")
     assert len(train(small_model(), pairs, settings(steps=1), tmp_path / "run")) == 1  # the lock goes with its holder
 
 
@@ -534,6 +534,14 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_exactly(pairs, tm
     with pytest.raises(KeyboardInterrupt): train(small_model(), pairs, settings(checkpoint_every=100), tmp_path / "cut", watch=press)
     assert [path.stem for path in (tmp_path / "cut" / "checkpoints").glob("*.json")] == ["step-00000007"]
     assert train(resumed, pairs, settings(checkpoint_every=100), tmp_path / "cut", resume=True) == rows and torch.equal(weights(resumed), weights(whole))
+
+
+def test_ctrl_c_in_the_last_step_is_not_lost(pairs, tmp_path):
+    def press(step, model):
+        if step == 2: signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt): train(small_model(), pairs, settings(steps=2), tmp_path, watch=press)
+    assert [path.stem for path in (tmp_path / "checkpoints").glob("*.json")] == ["step-00000002"]
 
 
 def test_infinite_gradients_do_not_reach_the_weights(pairs):
