@@ -87,7 +87,7 @@ def given_by_others(config, default): # fields that --init or a token cache deci
     who, decided = "", ()
     if config.data.startswith("cache:"): who, decided = "the token cache", ("text_vocab",)
     if getattr(config, "init", ""): who, decided = "the model of --init", ("encoder", "tokenizer", "text_vocab")
-    asked = [name.replace("_", "-") for name in decided if getattr(config, name, None) != getattr(default, name, None)]
+    asked = [name.replace("_", "-") for name in decided if hasattr(config, name) and getattr(config, name) != getattr(default, name)]
     if asked: raise ValueError(f"{who} decides {asked[0]}; leave --{asked[0]} out")
     return decided
 
@@ -295,13 +295,11 @@ def tokenize_command(rest):
     given_by_others(asked, given)
     here = read_world(asked.device)
     rank, world = own_place(asked, here)
-    model = FuseLIP.from_pretrained(asked.init) if asked.init else None
-    image_tokenizer = model.image_tokenizer if model else TiTok.from_pretrained(tokenizer_place(asked.tokenizer))
+    model = FuseLIP.from_pretrained(asked.init, here.device) if asked.init else None
+    image_tokenizer = model.image_tokenizer if model else TiTok.from_pretrained(tokenizer_place(asked.tokenizer)).to(here.device)
     source = open_data(asked.data, asked.seed, image_tokenizer.config.image_size, scenes=asked.scenes, tgit=asked.tgit)
-    text_tokenizer = model.item_tokenizer.text_tokenizer if model else text_tokenizer_for(source, asked.text_vocab)
-    item_tokenizer = ItemTokenizer(image_tokenizer.to(here.device), text_tokenizer, model.config.context if model else given.encoder.context)
-    named = f"shapes of {asked.scenes} scenes, {asked.tgit} transformations" if asked.data == "shapes" else asked.data
-    plan = cache_plan(source, item_tokenizer, named, asked.seed, asked.views, asked.block)
+    item_tokenizer = model.item_tokenizer if model else ItemTokenizer(image_tokenizer, text_tokenizer_for(source, asked.text_vocab), given.encoder.context)
+    plan = cache_plan(source, item_tokenizer, f"shapes of {asked.scenes} scenes, {asked.tgit} transformations" if asked.data == "shapes" else asked.data, asked.seed, asked.views, asked.block)
     print(cost_table(cache_cost(source, item_tokenizer, plan), asked.data, asked.views, world), file=sys.stderr, flush=True)
     manifest = tokenize_source(source, item_tokenizer, asked.out, plan, parse_share(asked.max_bad), asked.workers, rank, world)
     if manifest: print(f"{manifest['pairs']:,} pairs, {manifest['images']:,} images, {len(manifest['bad'])} items passed over (manifest.json names them): {asked.out}")

@@ -400,7 +400,7 @@ def _counted(path): # yields a function that gives the minutes of this and all e
         spent = before + (time.monotonic() - started) / 60
         write_json(path, spent)
         return spent
-    minutes()  # tells from the first moment on that the folder holds a comparison
+    write_json(path, before)  # from the first moment on the folder holds a comparison
     try: yield minutes
     finally: minutes()
 

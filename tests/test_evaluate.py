@@ -156,7 +156,7 @@ def test_prompts_count_as_the_direction_of_their_mean_and_a_tie_is_a_mistake():
 
 def test_tasks_that_are_unknown_or_empty_are_named():
     with pytest.raises(ValueError, match="unknown task 'colour'; the tasks are classification, vqa, .*unseen"): e.shapes_tasks(20, names=("vqa", "colour"))
-    with pytest.raises(ValueError, match="there is no task to evaluate, a dict"): e.evaluate(Told(), {})
+    with pytest.raises(ValueError, match="there is no task to evaluate; give"): e.evaluate(Told(), {})
     with pytest.raises(ValueError, match="the task 'b' has no query; leave it out"): e.evaluate(Told(), {"a": [Query(Item(text="x"), (Item(text="y"), Item(text="z")))], "b": []})
 
 
