@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HELP', 'COMMANDS', 'arguments', 'take', 'check_output', 'demo_command', 'given_by_others', 'train_command',
            'reproduce_command', 'benchmark_command', 'evaluate_command', 'evaluate_paper', 'embed_command',
-           'single_vectors', 'train_tokenizer_command', 'own_place', 'tokenize_command', 'data_command',
-           'show_settings', 'at_home', 'main']
+           'single_vectors', 'train_tokenizer_command', 'own_place', 'tokenize_flags', 'tokenize_command',
+           'data_command', 'show_settings', 'at_home', 'main']
 
 # %% ../nbs/28_cli.ipynb #3aba3e1f
 import contextlib, io, itertools, os, re, sys, warnings
@@ -59,10 +59,9 @@ def take(rest, flag, default): # a flag that decides the defaults of the others 
 
 
 def check_output(path): # of a file that is written after long work; "" is none
-    if not path: return
-    if Path(path).is_dir(): raise ValueError(f"{path!r} is a folder; give a file")
-    below = next(place for place in Path(path).absolute().parents if os.path.lexists(place))
-    if not (below.is_dir() and os.access(below, os.W_OK)): raise ValueError(f"{path!r} cannot be written: {str(below)!r} is {'not writable' if below.is_dir() else 'no folder'}; give another place")
+    from fuselip_edu.core import check_writable
+    if path and Path(path).is_dir(): raise ValueError(f"{path!r} is a folder; give a file")
+    if path: check_writable(Path(path).parent)
 
 # %% ../nbs/28_cli.ipynb #206c4247
 def demo_command(rest):
@@ -260,18 +259,8 @@ def own_place(asked, here): # --rank and --world, or what torchrun says -> (rank
     if not 0 <= rank < world: raise ValueError(f"there is no rank {rank} among {world} processes; ranks count from 0 to {world - 1}")
     return rank, world
 
-# %% ../nbs/28_cli.ipynb #f8ba5ec4
-def tokenize_command(rest):
-    from fuselip_edu.batches import open_data, parse_share
-    from fuselip_edu.distributed import read_world
-    from fuselip_edu.fuselip import FuseLIP
-    from fuselip_edu.titok import TiTok
-    from fuselip_edu.token_cache import cache_cost, cache_plan, cost_table, tokenize_source
-    from fuselip_edu.train import PRESETS, preset, text_tokenizer_for, tokenizer_place
-    from fuselip_edu.vocab import ItemTokenizer
-    name, rest = take(rest, "--preset", "tiny")
-    given = preset(name, PRESETS)
-
+# %% ../nbs/28_cli.ipynb #ab962194
+def tokenize_flags(given): # a dataclass, whose defaults are those of a preset
     @dataclass
     class Tokenize:
         "Images to codes and texts to ids, once; then fuselip-edu train --data cache:OUT. Started again, it goes on."
@@ -291,7 +280,20 @@ def tokenize_command(rest):
         world: int = 1
         device: str = "auto"
 
-    asked = arguments(Tokenize, rest, f"tokenize --preset {name}")
+    return Tokenize
+
+# %% ../nbs/28_cli.ipynb #f8ba5ec4
+def tokenize_command(rest):
+    from fuselip_edu.batches import open_data, parse_share
+    from fuselip_edu.distributed import read_world
+    from fuselip_edu.fuselip import FuseLIP
+    from fuselip_edu.titok import TiTok
+    from fuselip_edu.token_cache import cache_cost, cache_plan, cost_table, tokenize_source
+    from fuselip_edu.train import PRESETS, preset, text_tokenizer_for, tokenizer_place
+    from fuselip_edu.vocab import ItemTokenizer
+    name, rest = take(rest, "--preset", "tiny")
+    given = preset(name, PRESETS)
+    asked = arguments(tokenize_flags(given), rest, f"tokenize --preset {name}")
     given_by_others(asked, given)
     here = read_world(asked.device)
     rank, world = own_place(asked, here)

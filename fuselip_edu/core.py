@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['seed_everything', 'pick_device', 'sent', 'keep_memory', 'open_file', 'split_member', 'open_archive', 'has_alpha',
            'over_white', 'resize_image', 'read_image', 'at_least_one', 'describe', 'in_unit_range', 'load_image',
-           'show_images', 'atomic_path', 'remove_unfinished', 'write_json', 'json_lines', 'save_tensors',
-           'save_weights', 'read_weights', 'fit_weights', 'load_weights', 'progress', 'provenance']
+           'show_images', 'atomic_path', 'remove_unfinished', 'check_writable', 'write_json', 'json_lines',
+           'save_tensors', 'save_weights', 'read_weights', 'fit_weights', 'load_weights', 'progress', 'provenance']
 
 # %% ../nbs/00_core.ipynb #0dd7d01a
 import contextlib, ctypes, functools, importlib.util, io, json, os, random, re, shutil, sys, time, uuid, zipfile
@@ -229,6 +229,15 @@ def remove_unfinished(
         if not re.search(r"\.\d+-[0-9a-f]{8}\.tmp$", path.name): continue
         if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
         else: path.unlink(missing_ok=True)
+
+
+def check_writable(
+    folder:str|Path # that may still have to be made
+):
+    "`ValueError`, before any work, if nothing can be written there."
+    there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if os.path.lexists(place))
+    if there.is_dir() and os.access(there, os.W_OK): return
+    raise ValueError(f"nothing can be written in {str(folder)!r}: {str(there)!r} is {'not writable' if there.is_dir() else 'no folder'}; give another place")
 
 # %% ../nbs/00_core.ipynb #113f5b33
 def write_json(

@@ -46,7 +46,6 @@ def score_queries(
     batch_size:int=256
 ) -> list: # one tensor of similarities a query, in the order of its candidates
     "Similarities of each query to its candidates: dot products, or what the model itself calls alike."
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if hasattr(model, "score_queries"): return model.score_queries(queries, batch_size)
     embed = embedder(model, [item for query in queries for candidate in (query.item, *query.candidates) for item in as_prompts(candidate)], batch_size)
     return [(torch.stack([embed(candidate) for candidate in query.candidates]) * embed(query.item)).sum(1)  # equal rows give equal sums

@@ -193,9 +193,7 @@ class Climber:
             started = time.perf_counter()
             batch, waited = self.coming if self.rung.cached else self.ready()
             self.backward(batch)
-            if self.rung.cached:  # as training does it: the next one, while a GPU is at work
-                self.coming = self.ready()
-                waited = self.coming[1]
+            if self.rung.cached: _, waited = self.coming = self.ready()  # as training does it: the next one, while a GPU is at work
             update(self.model, self.optimizer, 1e-6, 1.0)
             if device.type == "cuda": torch.cuda.synchronize(device)
             seconds = time.perf_counter() - started

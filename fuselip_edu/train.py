@@ -15,7 +15,7 @@ __all__ = ['PAPER_SIZES', 'PRESETS', 'SMALL_TOKENIZER', 'FREE', 'TrainConfig', '
            'digests', 'check_digests']
 
 # %% ../nbs/16_train.ipynb #441e7993
-import contextlib, copy, dataclasses, functools, hashlib, itertools, json, math, os, signal, sys, threading, time
+import contextlib, copy, dataclasses, functools, hashlib, itertools, json, math, signal, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from .batches import BadItems, Reader, SourcePairs, Unreadable, grouped_batches, open_data, origins, parse_share, readable_groups, tokenize_pairs
 from .contrastive import sigmoid_loss, softmax_loss
-from .core import atomic_path, json_lines, keep_memory, pick_device, remove_unfinished, save_tensors, seed_everything, sent, write_json
+from .core import atomic_path, check_writable, json_lines, keep_memory, pick_device, remove_unfinished, save_tensors, seed_everything, sent, write_json
 from .distributed import World, average_gradients, broadcast_parameters, full, gather_objects, gather_parameters, gather_rows, gather_values, piece_like, shard_parameters, sharded_sigmoid_loss
 from .fuselip import FuseLIP, FuseLIPConfig
 from .masking import mask_tokens, masked_loss, masked_loss_of_states
@@ -745,8 +745,7 @@ def open_run(
         if different: raise ValueError(f"{str(run)!r} holds a run with another configuration ({'; '.join(different[:3])}); give another --run")
         if not resume: raise ValueError(f"{str(run)!r} already holds this run; add --resume to continue it, or give another --run")
     elif run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()): raise ValueError(f"{str(run)!r} is not empty and holds no run; give another --run")  # a kill may leave half a file that begins with a dot
-    below = next(place for place in (run.absolute(), *run.absolute().parents) if os.path.lexists(place))
-    if not below.is_dir() or not os.access(below, os.W_OK): raise ValueError(f"{str(run)!r} cannot be written: {str(below)!r} is {'not writable' if below.is_dir() else 'no folder'}; give another --run")
+    check_writable(run)
     return run
 
 

@@ -134,7 +134,7 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
     (["tokenize", "--init", "runs/x", "--text-vocab", "300", "--out", "runs/never"], "the model of --init decides text-vocab"),
     (["embed", "--model", "x", "--texts", "a", "--out", "setup.py/x.safetensors"], "is no folder; give another place"),
     (["benchmark", "--json", "setup.py/x"], "is no folder; give another place"),
-    (["train", "--run", "setup.py/x"], "is no folder; give another --run"),
+    (["train", "--run", "setup.py/x"], "is no folder; give another place"),
     (["train", "--train.beta1", "1.5", "--run", "runs/never"], "train.beta1 must be from 0 to below 1"),
     (["train", "--train.lr", "nan", "--run", "runs/never"], "train.lr must be a number, not nan"),
     (["train", "--encoder.layers", "0", "--run", "runs/never"], "layers must be at least 1"),
