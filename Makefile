@@ -37,7 +37,7 @@ results: $(ready)
 	cp runs/results/demo/results.json data/results/demo.json
 	$(bin)/fuselip-edu reproduce --preset tiny --seeds 3 --run runs/results/reproduce
 	cp runs/results/reproduce/results.json data/results/reproduce.json
-	$(bin)/fuselip-edu reproduce --preset tiny --models fuselip,filip,ett,sf,mlf --seeds 1 --run runs/results/neighbours
+	$(bin)/fuselip-edu reproduce --preset tiny --models fuselip,filip,vectors,ett,sf,mlf --seeds 1 --run runs/results/neighbours
 	cp runs/results/neighbours/results.json data/results/neighbours.json
 	$(bin)/fuselip-edu reproduce --preset tiny --ablations --steps 900 --tokenizer-steps 1600 --run runs/results/ablations
 	cp runs/results/ablations/results.json data/results/ablations.json

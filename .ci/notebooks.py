@@ -40,12 +40,13 @@ def execute(names):
 
     for path in chapters(names):
         notebook, started = nbformat.read(path, 4), time.monotonic()
-        Client(notebook, timeout=600, kernel_name="python3", store_widget_state=False,
+        Client(notebook, timeout=600, kernel_name="python3",
                resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+        notebook.metadata.pop("widgets", None)  # their state, which has no part in what is committed
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
-            if "outputs" in cell:  # progress and timings would differ at every run
-                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            if "outputs" in cell:  # progress, timings and the numbers of widgets would differ at every run
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})]
         nbformat.write(notebook, path)
         print(f"{path.name:24} {time.monotonic() - started:6.1f} s", flush=True)
 

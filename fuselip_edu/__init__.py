@@ -23,6 +23,7 @@ _HOMES = {
     "baselines": ("LateFusion", "LateFusionConfig", "load_model"),
     "filip": ("FILIP", "FILIPConfig"),
     "ett": ("ETT", "ETTConfig"),
+    "explore": ("ImageIndex",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

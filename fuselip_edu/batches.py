@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PLACES', 'grouped_batches', 'MixedSource', 'kept_groups', 'open_data', 'Sequences', 'TokenPairs',
-           'tokenize_pairs', 'Unreadable', 'Reader', 'parse_share', 'BadItems', 'readable_groups', 'bundled',
-           'unbundled', 'read_batches', 'Sizes', 'SourcePairs', 'origins', 'to_size']
+           'tokenize_pairs', 'Unreadable', 'Reader', 'parse_share', 'BadItems', 'find_trouble', 'readable_groups',
+           'bundled', 'unbundled', 'read_batches', 'Sizes', 'SourcePairs', 'origins', 'to_size']
 
 # %% ../nbs/13_batches.ipynb #b85fe90c
 import bisect, copy, itertools, json, random, sys
@@ -238,7 +238,7 @@ class BadItems:
             raise ValueError(f"{len(self.reasons)} of {self.total} items cannot be read, more than {100 * self.share:g} %; the last is item {index}: {self.reasons[index]}. Mend or remove it, or allow more with --max-bad")
 
 # %% ../nbs/13_batches.ipynb #e4d71c24
-def _trouble(path): # an `Unreadable`, or None
+def find_trouble(path): # an `Unreadable`, or None
     try: load_image(path)
     except (ValueError, OSError, SyntaxError, EOFError) as error: return Unreadable(str(error) or type(error).__name__)
 
@@ -252,7 +252,7 @@ def readable_groups(
 
     def opened(found):
         for path in (item.image for pair in found for item in (pair.left, pair.right) if isinstance(item.image, (str, Path))):
-            if path not in verdict: verdict[path] = _trouble(path)
+            if path not in verdict: verdict[path] = find_trouble(path)
             if verdict[path]: return verdict[path]
         return found
 

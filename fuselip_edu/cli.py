@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELP', 'COMMANDS', 'arguments', 'take', 'check_output', 'demo_command', 'given_by_others', 'train_command',
            'reproduce_command', 'benchmark_command', 'evaluate_command', 'evaluate_paper', 'embed_command',
-           'single_vectors', 'train_tokenizer_command', 'own_place', 'tokenize_flags', 'tokenize_command',
+           'search_command', 'train_tokenizer_command', 'own_place', 'tokenize_flags', 'tokenize_command',
            'data_command', 'show_settings', 'at_home', 'main']
 
 # %% ../nbs/28_cli.ipynb #3aba3e1f
@@ -21,6 +21,7 @@ HELP = """fuselip-edu COMMAND [flags]
   evaluate          rank the candidates of every task      --model FOLDER, or a hub id
   evaluate          the paper's nine columns               --suite paper --data-root DIR
   embed             images and texts to unit vectors       --model FOLDER, or a hub id
+  search            pictures by text, picture, or both     --model … --images FOLDER --text "…"
   train-tokenizer   train an image tokenizer
   tokenize          images to codes, texts to ids, once    --data … --out FOLDER
   reproduce         FuseLIP against late fusion, several seeds: the paper's claims in miniature
@@ -182,6 +183,7 @@ def evaluate_command(rest):
 
 
 def evaluate_paper(model, asked): # the suite of chapter 26, beside the published row of the model's name
+    from fuselip_edu.evaluate import single_vectors
     from fuselip_edu.paper import evaluate_suite, suite_table
     print(suite_table(evaluate_suite(single_vectors(model), asked.data_root, asked.out or "runs/evaluate", asked.tasks or None, asked.model)))
 
@@ -189,6 +191,7 @@ def evaluate_paper(model, asked): # the suite of chapter 26, beside the publishe
 def embed_command(rest):
     from fuselip_edu.baselines import load_model
     from fuselip_edu.core import save_tensors
+    from fuselip_edu.evaluate import single_vectors
 
     @dataclass
     class Embed:
@@ -213,9 +216,38 @@ def embed_command(rest):
         for row in vectors @ vectors.T: print("  ".join(f"{value:6.3f}" for value in row.tolist()))
 
 
-def single_vectors(model): # the model; `ValueError` if it has many vectors an item
-    if hasattr(model, "score_queries"): raise ValueError(f"a {type(model).__name__} model has a vector for every token, not one an item; compare items with fuselip-edu evaluate")
-    return model
+# %% ../nbs/28_cli.ipynb #485e54f7
+def search_command(rest):
+    from fuselip_edu.baselines import load_model
+    from fuselip_edu.core import atomic_path, check_writable, load_image
+    from fuselip_edu.evaluate import single_vectors
+    from fuselip_edu.explore import ImageIndex, picture_files, show_found
+    from fuselip_edu.pairs import Item
+
+    @dataclass
+    class Search:
+        "Rank pictures by a text, by a picture, or by a picture with a text that says what is to be different."
+        model: str  # folder of a model or of a run, or a hub id
+        images: tuple[str, ...]  # pictures, folders and ZIP files
+        text: str = ""
+        image: str = ""  # the picture that is asked with; it is no answer to itself
+        best: int = 10  # pictures
+        keep: str = ""  # folder where the vectors are kept, so that the next search embeds only what is new
+        out: str = ""  # also draw what was found: a PNG
+        device: str = "auto"
+
+    asked = arguments(Search, rest, "search")
+    if not asked.text.strip() and not asked.image: raise ValueError("there is nothing to search for; give --text, --image, or both")
+    if asked.best < 1: raise ValueError(f"best must be at least 1, not {asked.best}")
+    check_output(asked.out)
+    if asked.out and Path(asked.out).suffix != ".png": raise ValueError(f"what was found is drawn as a PNG, and {asked.out!r} does not end in .png; give a path that does")
+    if asked.keep: check_writable(asked.keep)
+    item, files = Item(asked.image or None, asked.text if asked.text.strip() else None), picture_files(asked.images)
+    if asked.image: load_image(asked.image)
+    found = ImageIndex(single_vectors(load_model(asked.model, asked.device)), files, asked.keep).search(item, asked.best)
+    for score, image in found: print(f"{score:6.3f}  {image}")
+    if asked.out:
+        with atomic_path(asked.out) as path: show_found(item, found).savefig(path, dpi=110, format="png")
 
 # %% ../nbs/28_cli.ipynb #f728355e
 def train_tokenizer_command(rest):
@@ -352,7 +384,7 @@ def at_home(word): # ~/x, --run=~/x, csv:~/x: the shell knows only the first
     return re.sub(r"^((--[\w.-]+=)?([a-z0-9-]+:)?)~(?=/|$)", lambda found: found[1] + os.path.expanduser("~"), word)
 
 
-COMMANDS = {"demo": demo_command, "train": train_command, "evaluate": evaluate_command, "embed": embed_command,
+COMMANDS = {"demo": demo_command, "train": train_command, "evaluate": evaluate_command, "embed": embed_command, "search": search_command,
             "train-tokenizer": train_tokenizer_command, "tokenize": tokenize_command, "reproduce": reproduce_command, "benchmark": benchmark_command, "data": data_command}
 
 

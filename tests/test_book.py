@@ -11,7 +11,7 @@ from fuselip_edu.reproduce import ABLATIONS, ablation_table, reproduction_table,
 from fuselip_edu.scaling import ladder_table
 
 CHAPTERS = ["core", "pairs", "shapes", "quantize", "transformer", "kernel", "titok", "text", "vocab", "fuselip", "contrastive", "masking", "transforms",
-            "sources", "batches", "token_cache", "distributed", "train", "evaluate", "baselines", "filip", "ett", "reproduce", "scaling", "demo", "paper", "data", "cli"]
+            "sources", "batches", "token_cache", "distributed", "train", "evaluate", "baselines", "filip", "ett", "reproduce", "scaling", "explore", "demo", "paper", "data", "cli"]
 PAGES = {"map"}  # chapters without a module
 
 
@@ -82,7 +82,7 @@ def test_numbers_of_the_ablations_come_from_their_results(root):
 
 def test_numbers_of_the_neighbours_come_from_their_results(root):
     found = json.loads((root / "data" / "results" / "neighbours.json").read_text())
-    assert found["command"].startswith("fuselip-edu reproduce --preset tiny --models fuselip,filip,ett,sf,mlf --seeds 1") and set(found["models"]) == {"fuselip", "filip", "ett", "sf", "mlf"}
+    assert found["command"].startswith("fuselip-edu reproduce --preset tiny --models fuselip,filip,vectors,ett,sf,mlf --seeds 1") and set(found["models"]) == {"fuselip", "filip", "vectors", "ett", "sf", "mlf"}
     for path in ("README.md", "nbs/24_map.ipynb"):
         text = (root / path).read_text()
         for line in reproduction_table(found, ()).splitlines(): assert line in text, f"{path} is not of data/results/neighbours.json; run make notebooks"

@@ -49,7 +49,7 @@ def run(csv, root, tmp_path_factory):
 def test_help_names_every_command(root):
     done = command("--help", root=root)
     assert done.returncode == 0
-    for name in ("demo", "train", "evaluate", "embed", "train-tokenizer", "data", "make-vqa", "--suite paper"): assert name in done.stdout
+    for name in ("demo", "train", "evaluate", "embed", "search", "train-tokenizer", "data", "make-vqa", "--suite paper"): assert name in done.stdout
 
 
 def test_train_writes_a_run(run):
@@ -146,6 +146,14 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
     (["train", "--preset", "tiny-sf", "--speed", "3"], "fuselip-edu train --preset tiny-sf --help lists the flags"),
     (["embed", "--model", "x", "--texts", "a", "--out", "setup.py"], "does not end in .safetensors"),
     (["embed", "--model", "x", "--images", "a", "b", "--texts", "c"], "put - where there is none"),
+    (["search", "--model", "x", "--images", "tests"], "give --text, --image, or both"),
+    (["search", "--model", "x", "--images", "tests", "--text", " "], "give --text, --image, or both"),
+    (["search", "--model", "x", "--text", "a"], "--images"),
+    (["search", "--model", "x", "--images", "tests", "--text", "a"], "'tests' has no picture"),
+    (["search", "--model", "x", "--images", "nowhere", "--text", "a"], "no image file at 'nowhere'"),
+    (["search", "--model", "x", "--images", "tests", "--text", "a", "--best", "0"], "best must be at least 1, not 0"),
+    (["search", "--model", "x", "--images", "tests", "--text", "a", "--out", "found.jpg"], "does not end in .png"),
+    (["search", "--model", "x", "--images", "tests", "--text", "a", "--keep", "setup.py"], "is no folder; give another place"),
     (["tokenize", "--scenes", "2", "--text-vocab", "0", "--out", "nbs"], "is not empty and holds no token cache"),
     (["tokenize", "--scenes", "2", "--text-vocab", "0", "--out", "setup.py"], "is a file; give a folder"),
     (["reproduce", "--run", "nbs"], "is not empty and holds no comparison"),
@@ -227,13 +235,29 @@ def test_the_papers_suite_says_what_it_lacks(run, root, tmp_path):
     assert "| this run | – |" in done.stdout and "imagenet" in done.stdout and json.loads((out / "results.json").read_text())["tasks"] == {}
 
 
+def test_search(run, csv, root, tmp_path):
+    words = ("search", "--model", run, "--images", csv.parent, "--keep", tmp_path / "kept")
+    done = command(*words, "--text", "a red card", "--best", "4", "--out", tmp_path / "found.png", root=root)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert len(rows) == 4 and [float(score) for score, _ in rows] == sorted((float(score) for score, _ in rows), reverse=True) and all(os.path.isfile(path) for _, path in rows)
+    with Image.open(tmp_path / "found.png") as picture: assert picture.format == "PNG"
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.safetensors")}
+    (csv.parent / "broken.jpg").write_text("no picture")
+    again = command(*words, "--image", csv.parent / "red.png", "--text", "keep it", root=root)
+    (csv.parent / "broken.jpg").unlink()
+    assert again.returncode == 0 and len(again.stdout.splitlines()) == 5 and "red.png" not in again.stdout and "note: 1 of 7 pictures cannot be read" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.safetensors")} == kept and len(kept) == 1
+    assert "no image file at 'nowhere.png'" in failure(*words, "--image", "nowhere.png", root=root)
+
+
 def test_baselines_train_evaluate_and_embed(csv, root, tmp_path):
     words = "train", "--preset", "tiny-mlf", "--data", f"csv:{csv}", "--train.steps", "2", "--train.batch-size", "4", "--text-vocab", "300", "--train.device", "cpu", "--run", tmp_path / "run"
     assert "train.precision bf16-stream is for FuseLIP, not for LateFusion" in failure(*words, "--train.precision", "bf16-stream", root=root)
     assert not (tmp_path / "run").exists()  # so the same command without the mistake may take the folder
     done = command(*words, root=root)
     assert done.returncode == 0, done.stderr
-    for words in (("evaluate", "--data", f"csv:{csv}"), ("embed", "--texts", "a red card")):
+    for words in (("evaluate", "--data", f"csv:{csv}"), ("embed", "--texts", "a red card"), ("search", "--images", csv.parent, "--text", "a red card")):
         done = command(*words, "--model", tmp_path / "run", root=root)
         assert done.returncode == 0 and done.stdout, done.stderr
 
