@@ -55,7 +55,7 @@ def show_code(
     both = [codes, change_code(codes, position, code, tokenizer.config.n_codes)]
     painted = tokenizer.decode(torch.tensor(both, device=model.device)).cpu()
     scores = embed_sequences(model, [model.item_tokenizer.vocab.sequence(row) for row in both]) @ model.encode_text(texts).T  # (2, texts)
-    figure, axes = plt.subplots(1, 4, figsize=(9, 2.2), width_ratios=(1, 1, 1, 1.6))
+    figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.1), width_ratios=(1, 1, 1, 1.4))
     titles = ("picture", "what its codes give", f"code {position}: {code} instead of {codes[position]}")
     for axis, shown, title in zip(axes, (image, *painted), titles):
         axis.imshow(load_image(shown).permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -66,7 +66,7 @@ def show_code(
     axes[3].set_yticks(rows, texts, fontsize=7)
     axes[3].tick_params(axis="x", labelsize=7)
     axes[3].set_title("similarity", fontsize=8)
-    axes[3].legend(fontsize=7, frameon=False)
+    axes[3].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     plt.close(figure)
     return figure
@@ -101,6 +101,7 @@ def show_words(
     axes[0].set(xticks=[], yticks=[])
     axes[1].barh(range(len(order))[::-1], scores[order].tolist())
     axes[1].set_yticks(range(len(order))[::-1], [texts[index] for index in order], fontsize=8)
+    axes[1].tick_params(axis="x", labelsize=8)
     axes[1].set_xlabel("similarity" + (f", the best {len(order)} of {len(texts)}" if len(order) < len(texts) else ""), fontsize=8)
     figure.tight_layout()
     plt.close(figure)
@@ -268,7 +269,7 @@ def show_found(
     plt.close(figure)
     return figure
 
-# %% ../nbs/23_explore.ipynb #374ebe5a
+# %% ../nbs/23_explore.ipynb #bc36c297
 def _live(view, **controls): # -> a widget that shows the figure of `view(**values)` under its controls
     from IPython.display import display
 
