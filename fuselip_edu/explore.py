@@ -301,7 +301,7 @@ def explore_tokens(
     for control in (picture, position): control.observe(restore, "value")  # before the view looks, it begins with what is there
     return _live(lambda picture, position, code: show_code(model, images[picture], position, code, texts), picture=picture, position=position, code=code)
 
-
+# %% ../nbs/23_explore.ipynb #a6e5b4f2
 def explore_words(
     model, # any of this book's that gives an item one vector
     images, # list of anything that `load_image` takes
