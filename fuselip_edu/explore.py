@@ -319,10 +319,10 @@ def explore_search(
 ):
     "`ImageIndex.search` with a field for the text and a choice of the picture; returns the widget."
     widgets = _widgets()
-    def view(text, picture, k):
+    def view(text, picture, best):
         if not text.strip() and not picture: raise ValueError("give a text, choose a picture, or both")
         item = Item(picture or None, text if text.strip() else None)
-        return show_found(item, index.search(item, k))
+        return show_found(item, index.search(item, best))
 
     return _live(view, text=widgets.Text(text, continuous_update=False),
-                 picture=widgets.Dropdown(options=[("none", ""), *((Path(file).name, file) for file in index.files)]), k=widgets.IntSlider(value=10, min=1, max=min(50, len(index.files))))
+                 picture=widgets.Dropdown(options=[("none", ""), *((Path(file).name, file) for file in index.files)]), best=widgets.IntSlider(value=10, min=1, max=min(50, len(index.files))))
