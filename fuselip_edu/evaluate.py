@@ -71,10 +71,10 @@ def draw_item(axis, item): # an `Item` on matplotlib axes: its image, with its t
     text = "\n".join(textwrap.wrap(item.text or "", 18))
     if item.image is None:
         axis.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
-        axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8)
+        axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, parse_math=False)
     else:
         axis.imshow(load_image(item.image).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_xlabel(text, fontsize=7)
+        axis.set_xlabel(text, fontsize=7, parse_math=False)
 
 # %% ../nbs/17_evaluate.ipynb #88121365
 def show_rankings(

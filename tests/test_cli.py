@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from fuselip_edu.cli import main
+
 TRAIN = ["train", "--preset", "tiny", "--encoder.width", "32", "--encoder.layers", "1", "--train.steps", "4", "--train.batch-size", "4",
          "--text-vocab", "300", "--train.device", "cpu"]
 
@@ -150,6 +152,7 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
     (["search", "--model", "x", "--images", "tests", "--text", " "], "give --text, --image, or both"),
     (["search", "--model", "x", "--text", "a"], "--images"),
     (["search", "--model", "x", "--images", "tests", "--text", "a"], "'tests' has no picture"),
+    (["search", "--model", "x", "--images", "", "--text", "a"], "no place to look for pictures"),
     (["search", "--model", "x", "--images", "nowhere", "--text", "a"], "no image file at 'nowhere'"),
     (["search", "--model", "x", "--images", "tests", "--text", "a", "--best", "0"], "best must be at least 1, not 0"),
     (["search", "--model", "x", "--images", "tests", "--text", "a", "--out", "found.jpg"], "does not end in .png"),
@@ -175,7 +178,13 @@ def test_a_wrong_csv(content, expected, root, tmp_path):
     (["train", "--preset", "tiny-filip", "--train.mask-probability", "0.1", "--run", "runs/never"], "FILIP hides no tokens"),
     (["train", "--preset", "tiny-filip", "--train.loss", "softmax", "--run", "runs/never"], "--encoder.loss"),
 ])
-def test_wrong_words(words, expected, root): assert expected in failure(*words, root=root)
+def test_wrong_words(words, expected, root, monkeypatch, capsys):
+    "In this process, since a new one takes seconds to import torch; the other tests start new ones."
+    monkeypatch.chdir(root)
+    monkeypatch.delenv("FUSELIP_TRACEBACK", raising=False)
+    status, said = main(words), capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("fuselip-edu: error: ")]
+    assert status == 1 and len(lines) == 1 and expected in lines[0] and "Traceback" not in said, said
 
 
 def test_a_terminal_gets_the_same_line(root):
@@ -249,6 +258,7 @@ def test_search(run, csv, root, tmp_path):
     assert again.returncode == 0 and len(again.stdout.splitlines()) == 5 and "red.png" not in again.stdout and "note: 1 of 7 pictures cannot be read" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*.safetensors")} == kept and len(kept) == 1
     assert "no image file at 'nowhere.png'" in failure(*words, "--image", "nowhere.png", root=root)
+    assert "holds no other picture" in failure("search", "--model", run, "--images", csv.parent / "red.png", "--image", csv.parent / "red.png", root=root)
 
 
 def test_baselines_train_evaluate_and_embed(csv, root, tmp_path):

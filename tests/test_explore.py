@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fuselip_edu.baselines import LateFusion, LateFusionConfig
-from fuselip_edu.core import load_image
-from fuselip_edu.explore import (CachedModel, Found, ImageIndex, alternatives, change_code, explore_search, explore_tokens, explore_words, model_fingerprint, picture_codes,
-                                 picture_files, show_code, show_found, show_words)
+from fuselip_edu.batches import find_trouble
+from fuselip_edu.core import load_image, save_tensors
+from fuselip_edu.explore import (CachedModel, Found, ImageIndex, alternatives, change_code, explore_search, explore_tokens, explore_words, item_key, model_fingerprint,
+                                 picture_codes, picture_files, score_words, show_code, show_found, show_words)
 from fuselip_edu.filip import FILIP, FILIPConfig
 from fuselip_edu.fuselip import FuseLIP, FuseLIPConfig
 from fuselip_edu.pairs import Item
@@ -69,6 +70,12 @@ def model():
     return FuseLIP(FuseLIPConfig(width=32, layers=1, heads=4), TiTok.from_pretrained(TINY_TOKENIZER), BPE.train(["a red circle", "a blue square"], 300)).eval()
 
 
+def in_parts(monkeypatch, part):
+    "Every `CachedModel` writes after so many items."
+    make = CachedModel.__init__
+    monkeypatch.setattr(CachedModel, "__init__", lambda self, model, folder=None: make(self, model, folder, part))
+
+
 def names(found): return [Path(one.image).name for one in found]
 
 
@@ -109,7 +116,32 @@ def test_places_without_pictures_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="empty' has no picture"): picture_files([folder, tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match="no image file at .*nowhere"): picture_files([folder, tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="broken.zip' is not a ZIP file"): picture_files([tmp_path / "broken.zip"])
-    with pytest.raises(ValueError, match="no place to look"): picture_files([])
+    for nothing in ([], "", [""], [folder, ""]):
+        with pytest.raises(ValueError, match="no place to look"): picture_files(nothing)
+
+
+def test_a_picture_is_there_once_however_it_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "link.png").symlink_to(folder / "a.png")
+    found = picture_files(["photos", folder, "./photos", "photos/../photos/a.png", "link", "link.png"])
+    assert found == ["photos/a.png", "photos/b.JPG", "photos/more/c.png", "photos/more/d.webp"]
+    index = ImageIndex(Colours(), ["photos"])
+    assert all("a.png" not in names(index.search(Item(path), 4)) for path in ("link.png", folder / "a.png", "./photos/a.png"))
+
+
+def test_odd_names_are_taken_as_they_are(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "odd.zip", "w") as archive:
+        for name in ("a//1.png", "a/./2.png", "trip.jpg/", "trip.jpg/3.png"): archive.writestr(name, b"" if name.endswith("/") else (folder / "a.png").read_bytes())
+    found = picture_files([tmp_path / "odd.zip"])
+    assert len(found) == 3 and picture_files(found) == found and len(ImageIndex(Colours(), found).files) == 3
+    for name in ("US$5 to $6.png", "b$\\frac$.png", "c #1.png"): (folder / name).write_bytes((folder / "a.png").read_bytes())
+    with open(os.fsencode(folder) + b"/\xff.png", "wb") as file: file.write((folder / "a.png").read_bytes())
+    index = ImageIndex(Colours(), [folder])
+    figure = show_found(Item(text="a $\\frac$"), index.search(Item(text="red"), 10))
+    figure.savefig(tmp_path / "x.png")
+    assert len(index.files) == 8 and any("US$5 to $6.png" in axis.get_title() for axis in figure.axes)
+    show_words(Colours(), folder / "a.png", "{a $\\frac$|b}").savefig(tmp_path / "x.png")
 
 
 def test_a_search_ranks_by_the_item(folder):
@@ -120,6 +152,7 @@ def test_a_search_ranks_by_the_item(folder):
     assert names(index.search(Item(folder / "a.png"), 1)) != ["a.png"]  # no answer to itself
     assert names(index.search(Item(os.path.relpath(folder / "a.png"), "blue"), 4))[0] in ("c.png", "d.webp") and "a.png" not in names(index.search(Item(os.path.relpath(folder / "a.png"), "blue"), 4))
     with pytest.raises(ValueError, match="at least 1, not 0"): index.search(Item(text="green"), 0)
+    with pytest.raises(TypeError, match="asks with an Item, such as .*, not with str 'green'"): index.search("green")
 
 
 def test_kept_vectors_serve_again_until_the_file_or_the_model_changes(folder, tmp_path):
@@ -136,7 +169,7 @@ def test_kept_vectors_serve_again_until_the_file_or_the_model_changes(folder, tm
 
 
 def test_an_interrupted_index_goes_on(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(CachedModel.__init__, "__defaults__", (None, 1))
+    in_parts(monkeypatch, 1)
     with pytest.raises(KeyboardInterrupt): ImageIndex(Colours(stop=3), [folder], tmp_path / "kept")
     resumed = Colours()
     ImageIndex(resumed, [folder], tmp_path / "kept")
@@ -157,6 +190,43 @@ def test_unreadable_pictures_are_named_and_left_out(folder, tmp_path):
     with warnings.catch_warnings(), pytest.raises(ValueError, match="none of the 2 pictures can be read: .*broken.png"):
         warnings.simplefilter("ignore")
         ImageIndex(Colours(), [folder / "broken.png", folder / "letter.jpg"])
+
+
+def test_what_is_kept_is_not_opened_again_for_the_sake_of_what_is_broken(folder, tmp_path, monkeypatch):
+    in_parts(monkeypatch, 2)
+    (folder / "aa.png").write_bytes((folder / "a.png").read_bytes()[:40])
+    opened = []
+    monkeypatch.setattr("fuselip_edu.explore.find_trouble", lambda file: opened.append(Path(file).name) or find_trouble(file))
+    with pytest.warns(UserWarning, match="1 of 5"): first = ImageIndex(Colours(), [folder], tmp_path / "kept")
+    assert opened == ["a.png", "aa.png"] and first.embedded == 4
+    with pytest.warns(UserWarning, match="1 of 5"): second = ImageIndex(Colours(), [folder], tmp_path / "kept")
+    assert opened[2:] == ["aa.png"] and second.embedded == 0
+
+
+def test_vectors_that_are_none_are_passed_over(folder, tmp_path):
+    kept = tmp_path / "kept" / model_fingerprint(Colours())
+    kept.mkdir(parents=True)
+    save_tensors({"other": torch.zeros(3)}, kept / "other.safetensors")
+    assert ImageIndex(Colours(), [folder], tmp_path / "kept").embedded == 4
+    with pytest.raises(ValueError, match="nothing can be written"): ImageIndex(Colours(), [folder], folder / "a.png")
+
+
+def test_images_are_told_apart_by_what_they_show(tmp_path):
+    red, blue = (Image.new("P", (4, 4)) for _ in range(2))
+    red.putpalette([255, 0, 0] * 256)
+    blue.putpalette([0, 0, 255] * 256)
+    assert item_key(Item(red)) != item_key(Item(blue)) and item_key(Item(red)) == item_key(Item(red.convert("RGB")))
+    opaque = Image.new("RGB", (4, 4), (9, 9, 9))
+    clear = opaque.copy()
+    clear.info["transparency"] = (9, 9, 9)
+    assert item_key(Item(opaque)) != item_key(Item(clear))
+    half = torch.rand(3, 4, 4).bfloat16()
+    assert item_key(Item(half)) == item_key(Item(half.clone())) != item_key(Item(half.float()))
+    item, path = Item(tmp_path / "a.png"), tmp_path / "a.png"
+    red.save(path)
+    before = item_key(item)
+    Image.new("RGB", (9, 9)).save(path)
+    assert item_key(item) != before  # the very same item
 
 
 def test_a_fault_of_the_model_is_not_taken_for_one_of_the_pictures(folder):
@@ -198,22 +268,30 @@ def test_models_without_codes_or_decoder_are_refused(model):
     with pytest.raises(ValueError, match="a LateFusion model reads pixels and has no codes"): show_code(late, render(scene_at(0)), 0, 0, ["a"])
     blind = FuseLIP(FuseLIPConfig(width=32, layers=1, heads=4), TiTok(TiTokConfig(has_decoder=False)), model.item_tokenizer.text_tokenizer)
     with pytest.raises(RuntimeError, match="holds encoder and codebook only"): show_code(blind, render(scene_at(0)), 0, 0, ["a"])
+    assert show_code(blind, render(scene_at(0)), 0, 0, ["a"], model.image_tokenizer)  # a whole one paints in its place
 
 
 def test_words_stand_in_the_order_of_their_similarity(folder):
+    assert [text for _, text in score_words(Colours(), folder / "b.JPG", "{blue|red|green|white}")] == ["green", "white", "blue", "red"]
     axis = show_words(Colours(), folder / "b.JPG", "{red|green|blue|white}").axes[1]
     widths = [bar.get_width() for bar in axis.patches]
     assert axis.get_yticklabels()[0].get_text() == "green" and widths == sorted(widths, reverse=True)
     assert len(show_words(Colours(), folder / "b.JPG", "{red|green|blue|white}", best=2).axes[1].patches) == 2
 
 
-def test_controls_call_their_view_again(model, folder):
+def test_controls_call_their_view_again(model, folder, monkeypatch):
     pytest.importorskip("ipywidgets")
     images = [render(scene_at(index)) for index in range(3)]
     tokens = explore_tokens(model, images, ["a red circle"])
-    picture, position, code = tokens.children[:3]
+    picture, position, shown = tokens.children
+    code = shown.children[0]
     picture.value, position.value = 2, 9
     assert code.value == picture_codes(model, images[2])[9] and (picture.max, position.max, code.max) == (2, 15, model.image_tokenizer.config.n_codes - 1)
+    drawings = []
+    monkeypatch.setattr("fuselip_edu.explore.show_code", lambda model, image, *asked: drawings.append(asked[:2]))
+    for control, value in ((position, 3), (picture, 1), (code, 77), (position, 4)): control.value = value
+    first, second = picture_codes(model, images[2]), picture_codes(model, images[1])
+    assert drawings == [(3, first[3]), *([(3, second[3])]), (3, 77), (4, second[4])]
     drawn = []
     words = explore_words(Recording(drawn), [folder / "a.png", folder / "b.JPG"], "{red|green}")
     words.children[0].value = 1
@@ -222,6 +300,12 @@ def test_controls_call_their_view_again(model, folder):
     assert drawn == [colours, [str(folder / "a.png")], colours, [str(folder / "b.JPG")], cards, [str(folder / "b.JPG")]]
     search = explore_search(ImageIndex(Colours(), [folder]), "blue")
     assert [label for label, _ in search.children[1].options] == ["none", "a.png", "b.JPG", "c.png", "d.webp"]
+    shown = []
+    monkeypatch.setattr("fuselip_edu.explore.show_found", lambda item, found: shown.append((item.text, item.image, len(found))))
+    for control, value in zip((0, 1, 2, 0), ("red", str(folder / "more/c.png"), 2, "")): search.children[control].value = value
+    assert shown == [("red", None, 4), *[(text, str(folder / "more/c.png"), n) for text, n in (("red", 3), ("red", 2), (None, 2))]]
+    for nothing in (lambda: explore_tokens(model, [], ["a"]), lambda: explore_words(Colours(), [], "a")):
+        with pytest.raises(ValueError, match="no picture to show"): nothing()
 
 
 def test_what_is_typed_wrong_is_told_where_the_figure_would_be(model, folder, capsys):
@@ -234,4 +318,4 @@ def test_what_is_typed_wrong_is_told_where_the_figure_would_be(model, folder, ca
     search.children[0].value = " "
     assert "give a text, choose a picture, or both" in capsys.readouterr().out
     search.children[1].value = str(folder / "a.png")
-    assert "give a text" not in capsys.readouterr().out
+    assert capsys.readouterr().out.count("Figure(") == 1

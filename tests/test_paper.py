@@ -476,7 +476,8 @@ def test_an_item_is_embedded_once_and_an_interrupted_suite_goes_on(tmp_path, mon
     expected = paper.evaluate_suite(whole, root, tmp_path / "whole", tasks, say=lambda line: None)
     keys = [paper.item_key(item) for item in whole.seen]
     assert len(keys) == len(set(keys))  # COCO's images are SugarCrepe's, OI-Crop's are OI-Pos's
-    monkeypatch.setattr(paper.CachedModel.__init__, "__defaults__", (5,))  # many small parts
+    make = paper.CachedModel.__init__
+    monkeypatch.setattr(paper.CachedModel, "__init__", lambda self, model, folder: make(self, model, folder, part=5))  # many small parts
     stopped, said = Known(stop_after=70), []
     with pytest.raises(KeyboardInterrupt): paper.evaluate_suite(stopped, root, tmp_path / "out", tasks, say=said.append)
     finished = list(json.loads((tmp_path / "out" / "results.json").read_text())["tasks"])
