@@ -1,4 +1,4 @@
-# make demo · make test · make notebooks · make tiny · make results · make clean. Each sets itself up in .venv.
+# make demo · make test · make notebooks · make docs · make tiny · make results · make clean. Each sets itself up in .venv.
 PYTHON ?= python3
 VENV ?= .venv
 SECONDS ?= 0
@@ -8,7 +8,7 @@ SEED ?= 0
 bin := $(VENV)/bin
 ready := $(VENV)/.ready
 
-.PHONY: demo test notebooks tiny results clean
+.PHONY: demo test notebooks docs tiny results clean
 
 demo: $(ready)
 	$(bin)/fuselip-edu demo --run $(RUN) --seconds $(SECONDS) --seed $(SEED)
@@ -24,6 +24,11 @@ notebooks: $(ready)
 	$(bin)/python .ci/notebooks.py execute $(CHAPTERS)
 	$(bin)/nbdev_clean
 	$(bin)/python .ci/notebooks.py readme
+
+# Builds the book as a site in _docs/, to be read in a browser or put on a server.
+docs: $(ready)
+	$(bin)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,notebooks,docs]'
+	$(bin)/python .ci/notebooks.py site
 
 # Repeats the training of the tokenizer that ships in data/tiny.
 tiny: $(ready)

@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("notebooks", "vqa", "dev")}
+extras = {name: settings[f"{name}_requirements"].split() for name in ("notebooks", "vqa", "dev", "docs")}
 
 setup(
     name=settings["lib_name"],

@@ -4,6 +4,7 @@
     python .ci/notebooks.py test                run every chapter from a fresh kernel, writing nothing (nbdev_test)
     python .ci/notebooks.py check               fail if nbdev_export, nbdev_clean or the README step would change a file
     python .ci/notebooks.py readme              write README.md from nbs/index.ipynb
+    python .ci/notebooks.py site                build the book as a site in _docs/, from what is committed: nothing is executed or fetched
 """
 import os
 import re
@@ -75,6 +76,34 @@ def readme_text():
 def readme(): (ROOT / "README.md").write_text(readme_text(), encoding="utf-8")
 
 
+def page(path):
+    "A chapter as the site shows it: with its number, without what nbdev hides, and with links to pages."
+    import nbformat
+    linked = lambda text: re.sub(r"\]\((\w+)\.ipynb", r"](\1.html", text)
+    notebook, kept = nbformat.read(path, 4), []
+    for cell in notebook.cells:
+        if re.search(r"^#\|\s*(hide|default_exp)\b", cell.source, re.MULTILINE): continue
+        if cell.cell_type == "markdown": cell.source = linked(cell.source)
+        if re.search(r"^#\|\s*echo: false", cell.source, re.MULTILINE): cell.metadata["tags"] = ["hide_input"]
+        cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
+        for output in cell.get("outputs", ()):
+            if text := output.get("data", {}).get("text/markdown"): output.data["text/markdown"] = linked(text)
+        kept.append(cell)
+    notebook.cells, number = kept, re.match(r"\d+b?", path.name)
+    if number: kept[0].source = kept[0].source.replace("# ", f"# {number[0]} ", 1)
+    return notebook
+
+
+def site():
+    "mkdocs on the pages of all chapters."
+    import nbformat
+    with tempfile.TemporaryDirectory() as folder:
+        for path in chapters([]): nbformat.write(page(path), Path(folder) / path.name)
+        (Path(folder) / "wide.css").write_text(".md-grid { max-width: 84rem }\n")
+        subprocess.run(["mkdocs", "build", "--quiet", "--strict"], cwd=ROOT, check=True, env=os.environ | {"BOOK": folder, "NO_MKDOCS_2_WARNING": "1"})
+    print(f"the book: {ROOT / '_docs' / 'index.html'}")
+
+
 def check():
     "Work on a copy, so that a failing check changes nothing."
     with tempfile.TemporaryDirectory() as folder:
@@ -93,6 +122,6 @@ def check():
 
 
 if __name__ == "__main__":
-    commands = {"execute": lambda: execute(sys.argv[2:]), "test": test, "check": check, "readme": readme}
+    commands = {"execute": lambda: execute(sys.argv[2:]), "test": test, "check": check, "readme": readme, "site": site}
     if len(sys.argv) < 2 or sys.argv[1] not in commands: sys.exit(__doc__)
     commands[sys.argv[1]]()

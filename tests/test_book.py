@@ -1,5 +1,6 @@
 "What holds for the book as a whole: imports point to lower chapters, every chapter reads as STYLE asks, README's numbers come from results files."
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -45,6 +46,21 @@ def test_chapters_open_and_close_as_they_should(root):
             assert len("".join(cell["source"]).splitlines()) <= 45, f"{path.name}: a long cell"
             assert not any(output["output_type"] == "error" for output in cell["outputs"]), path.name
         assert path.stat().st_size < 1.5e6, path.name
+
+
+def test_pages_of_the_site_link_to_each_other_and_show_what_is_meant_to_be_read(root):
+    spec = importlib.util.spec_from_file_location("book_commands", root / ".ci" / "notebooks.py")
+    commands = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(commands)
+    pages = {path.stem: commands.page(path) for path in commands.chapters([])}
+    for name, page in pages.items():
+        read = [cell.source for cell in page.cells if cell.cell_type == "markdown"] + [output["data"].get("text/markdown", "") for cell in page.cells for output in cell.get("outputs", ()) if "data" in output]
+        links = {link for text in read for link in re.findall(r"\]\((\w+\.(?:html|ipynb))", text)}
+        assert links <= {f"{other}.html" for other in pages} and not any(line.startswith("#|") for cell in page.cells for line in cell.source.splitlines()), name
+        for cell in page.cells: assert cell.source.strip() or cell.cell_type == "code", name
+    assert pages["23_explore"].cells[0].source.startswith("# 23 Exploring") and pages["index"].cells[0].source.startswith("# fuselip_edu")
+    shown = [cell for cell in pages["index"].cells if cell.cell_type == "code" and "hide_input" not in cell.metadata.get("tags", ())]
+    assert len(shown) == 1 and "from_pretrained" in shown[0].source
 
 
 def test_public_names_can_be_imported(root):
