@@ -51,7 +51,7 @@ results: $(ready)
 
 # Leaves runs/, which holds what was trained.
 clean:
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) *.egg-info _docs
 
 $(ready): settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

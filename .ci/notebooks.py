@@ -108,7 +108,7 @@ def check():
     "Work on a copy, so that a failing check changes nothing."
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "cache", "__pycache__", "*.egg-info"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "cache", "_docs", "__pycache__", "*.egg-info"))
         for command in ("nbdev_export", "nbdev_clean"): subprocess.run([command], cwd=copy, check=True)
         wrong = []
         for name in ("nbs", "fuselip_edu"):

@@ -220,9 +220,7 @@ def embed_command(rest):
 def search_command(rest):
     from fuselip_edu.baselines import load_model
     from fuselip_edu.core import atomic_path, check_writable, load_image
-    from fuselip_edu.evaluate import single_vectors
-    from fuselip_edu.explore import ImageIndex, picture_files, show_found
-    from fuselip_edu.pairs import Item
+    from fuselip_edu.explore import ImageIndex, picture_files, show_found, typed_item
 
     @dataclass
     class Search:
@@ -237,14 +235,14 @@ def search_command(rest):
         device: str = "auto"
 
     asked = arguments(Search, rest, "search")
-    if not asked.text.strip() and not asked.image: raise ValueError("there is nothing to search for; give --text, --image, or both")
+    item = typed_item(asked.text, asked.image)
     if asked.best < 1: raise ValueError(f"best must be at least 1, not {asked.best}")
     check_output(asked.out)
     if asked.out and Path(asked.out).suffix.lower() != ".png": raise ValueError(f"what was found is drawn as a PNG, and {asked.out!r} does not end in .png; give a path that does")
     if asked.keep: check_writable(asked.keep)
-    item, files = Item(asked.image or None, asked.text if asked.text.strip() else None), picture_files(asked.images)
+    files = picture_files(asked.images)  # what is wrong is told before a model is loaded
     if asked.image: load_image(asked.image)
-    found = ImageIndex(single_vectors(load_model(asked.model, asked.device)), files, asked.keep or None).search(item, asked.best)
+    found = ImageIndex(load_model(asked.model, asked.device), files, asked.keep or None).search(item, asked.best)
     if not found: raise ValueError(f"--images holds no other picture than {asked.image!r}, which is no answer to itself; give more")
     for score, image in found: print(f"{score:6.3f}  {image}")
     if asked.out:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURES', 'change_code', 'picture_codes', 'show_code', 'alternatives', 'score_words', 'show_words', 'real_path',
            'picture_files', 'item_key', 'file_state', 'CachedModel', 'model_fingerprint', 'Found', 'ImageIndex',
-           'show_found', 'explore_tokens', 'explore_words', 'explore_search']
+           'typed_item', 'show_found', 'explore_tokens', 'explore_words', 'explore_search']
 
 # %% ../nbs/23_explore.ipynb #4a37fa2d
 import functools, hashlib, itertools, os, re, sys, warnings, weakref, zipfile
@@ -265,6 +265,11 @@ class ImageIndex:
         return [Found(float(scores[row]), self.files[row]) for row in order[:k]]
 
 # %% ../nbs/23_explore.ipynb #34a3f451
+def typed_item(text:str, image:str) -> Item: # "" for none; `ValueError` if both are
+    if not text.strip() and not image: raise ValueError("there is nothing to search for; give a text, a picture, or both")
+    return Item(image or None, text if text.strip() else None)
+
+
 def _printable(name): return os.fsencode(name).decode(errors="replace")  # a name of a file may be no text
 
 
@@ -348,8 +353,7 @@ def explore_search(
     "`ImageIndex.search` with a field for the text and a choice of the picture; returns the widget."
     widgets = _widgets()
     def view(text, picture, best):
-        if not text.strip() and not picture: raise ValueError("give a text, choose a picture, or both")
-        item = Item(picture or None, text if text.strip() else None)
+        item = typed_item(text, picture)
         return show_found(item, index.search(item, best))
 
     return _live(view, text=widgets.Text(text, continuous_update=False),

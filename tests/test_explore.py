@@ -316,6 +316,6 @@ def test_what_is_typed_wrong_is_told_where_the_figure_would_be(model, folder, ca
     assert "has no partner" in capsys.readouterr().out
     search = explore_search(ImageIndex(Colours(), [folder]), "blue")
     search.children[0].value = " "
-    assert "give a text, choose a picture, or both" in capsys.readouterr().out
+    assert "give a text, a picture, or both" in capsys.readouterr().out
     search.children[1].value = str(folder / "a.png")
     assert capsys.readouterr().out.count("Figure(") == 1
